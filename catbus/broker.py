@@ -36,6 +36,9 @@ from .session.session_report import SessionReport
 OWNER = Identity(client_id=None, grants=Grants.ADMIN, expires=None, admin=True)
 """The identity that publishes and subscribes in this process."""
 
+EVENTS_TIMEOUT = 2.0
+"""Seconds for publishing the closes of the last sessions, while the replica stops."""
+
 
 @contextmanager
 def refusing() -> Iterator[None]:
@@ -195,6 +198,8 @@ async def serve(
                     endpoint.close()
                 replica.finish()
                 sessions.cancel_scope.deadline = trio.current_time() + config.drain.deadline
+            with trio.move_on_after(EVENTS_TIMEOUT):
+                await replica.session_events.flush()
             # The contexts of sessions are left when their connections are closed, while the broker still runs.
         nursery.cancel_scope.cancel()
 
@@ -239,6 +244,7 @@ async def _start(
     nursery.start_soon(replica.flusher.run)
     nursery.start_soon(replica.send_heads)
     nursery.start_soon(replica.permissions.run)
+    nursery.start_soon(replica.session_events.run)
     nursery.start_soon(replica.runtime_statistics.run, log)
     return Broker(replica)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import random
+import secrets
 import socket
 import time
 from bisect import bisect_right
@@ -39,6 +40,7 @@ from .session.driver import SessionDriver
 from .session.hooks import ClientInfo, Hooks
 from .session.publishing import Publisher
 from .session.services import SessionServices
+from .session.session_events import SessionEvents
 from .session.session_report import OpenSession
 from .session.transport_streams import Streams
 from .version import version
@@ -113,6 +115,9 @@ class Replica:
         self.cpu_scheduler = CpuScheduler()
         self.client_usages = ClientUsages(config.limits.sessions, config.limits.subscriptions_total)
         self.addresses = ConnectionsPerAddress(config.limits.address_connections)
+        self.id = secrets.token_hex(8)
+        """Identifies the replica until it stops."""
+        self.session_events = SessionEvents(self.id, log, publish=config.events.sessions)
         self.sessions: dict[SessionDriver, OpenSession] = {}
         """The open sessions, the oldest first."""
         self.draining = False
@@ -160,6 +165,7 @@ class Replica:
         """Describe this replica for the other replicas."""
         delivery = self.delivery.statistics()
         return {
+            "id": self.id,
             "name": socket.gethostname(),
             "pid": os.getpid(),
             "version": version(),
@@ -215,18 +221,24 @@ class Replica:
     ) -> SessionDriver:
         """Open a session for a new connection from this network. The caller calls `end` when the connection ends."""
         session_id, opened = next(self._session_ids), time.time_ns() // 1_000_000
-        session = SessionDriver(self._services, writer, transport, streams, network, session_id, self._remove)
-        self.sessions[session] = OpenSession(session_id, opened, network, session)
+        session = SessionDriver(
+            self._services, writer, transport, streams, network, session_id, self._note_authenticated, self._remove
+        )
+        self.sessions[session] = OpenSession(session_id, opened, trio.current_time(), network, session)
         self._sessions[transport] += 1
         self._opened[transport] += 1
         if self._closing:
             session.finish()
         return session
 
+    def _note_authenticated(self, session: SessionDriver) -> None:
+        self.session_events.opened(self.sessions[session])
+
     def _remove(self, session: SessionDriver) -> None:
-        if session in self.sessions:
-            del self.sessions[session]
+        opened = self.sessions.pop(session, None)
+        if opened is not None:
             self._sessions[session.transport] -= 1
+            self.session_events.closed(opened)
         self._session_closed.unpark_all()
 
     def sessions_after(self, session_id: int) -> Sequence[OpenSession]:

@@ -69,6 +69,14 @@ def sign(
     return token.decode()
 
 
+def token_kind(token: str) -> str:
+    """Return the kind of a token, valid or not: "sub", "role", "jwt" or "other"."""
+    for kind in ("sub", "role"):
+        if token.startswith(f"{kind}-"):
+            return kind
+    return "jwt" if token.count(".") == 2 else "other"
+
+
 class Authenticator:
     """Verifies tokens with any of the secrets, the admin key or the public keys, and signs producer ids.
 

@@ -168,6 +168,13 @@ class LimitSettings(Section, frozen=True, kw_only=True):
     """Bytes per second that one client may publish."""
 
 
+class EventsSettings(Section, frozen=True, kw_only=True):
+    """What the broker publishes of itself, on reserved channels."""
+
+    sessions: Switch = False
+    """Whether each session that opens or closes is published on `_catbus.sessions.CLIENT`."""
+
+
 class DrainSettings(Section, frozen=True, kw_only=True):
     """The graceful shutdown. `window` and `deadline` end early when no client is connected; `delay` does not."""
 
@@ -197,6 +204,7 @@ class Config(Section, frozen=True, kw_only=True):
     websocket: WebSocketSettings = field(default_factory=WebSocketSettings)
     webtransport: WebTransportSettings = field(default_factory=WebTransportSettings)
     limits: LimitSettings = field(default_factory=LimitSettings)
+    events: EventsSettings = field(default_factory=EventsSettings)
     drain: DrainSettings = field(default_factory=DrainSettings)
     logging: LoggingSettings = field(default_factory=LoggingSettings)
 

@@ -132,6 +132,15 @@ class TransportWriter(Protocol):
         """
 
 
+class DeliveryCount:
+    """The number of messages that were taken from the send queues of one session to be sent."""
+
+    __slots__ = ("messages",)
+
+    def __init__(self) -> None:
+        self.messages = 0
+
+
 class Budget:
     """The memory of all send queues of a replica, in bytes. Messages in several send queues count once.
 
@@ -211,7 +220,7 @@ class SendQueue:
         "_unsent",
         "_waiting",
         "_wake",
-        "delivered",
+        "count",
         "limit",
         "lingers_until",
         "protocol",
@@ -227,15 +236,16 @@ class SendQueue:
         wake: Callable[[SendQueue], None],
         limit: int = 512 * 1024,
         budget: Budget | None = None,
+        count: DeliveryCount | None = None,
     ) -> None:
+        """`count`: the count of the session, if the send queue is that of one of its streams."""
         self.writer = writer
+        self.count = DeliveryCount() if count is None else count
         self.protocol = ProtocolVersion.V1
         """The version of the protocol that its client reads."""
         self.limit = limit
         self.size = 0
         self.rejected = 0
-        self.delivered = 0
-        """Messages taken from it to be sent."""
         self.lingers_until = 0.0
         self.queued = False
         """The flusher's own: until when the send queue lingers, and whether it waits to be flushed."""
@@ -353,7 +363,7 @@ class SendQueue:
             self._budget.unpin(items[:fixed])
         if items:
             delivered = self._budget.release(items)
-            self.delivered += delivered
+            self.count.messages += delivered
             self._budget.delivered += delivered
         if self._waiting and not self._items:
             waiting, self._waiting = self._waiting, []

@@ -102,6 +102,12 @@ SECTIONS: dict[str, tuple[MetricDeclaration, ...]] = {
     "Clients": (
         gauge("catbus_sessions", "Open sessions.", lambda s: s.sessions.sessions, "transport"),
         counter("catbus_sessions_opened_total", "Sessions opened.", lambda s: s.sessions.opened, "transport"),
+        counter(
+            "catbus_session_events_total",
+            "Session events, published or dropped.",
+            lambda s: s.replica.session_events.counts,
+            "outcome",
+        ),
         gauge(
             "catbus_connections",
             "Open connections, with or without a session.",

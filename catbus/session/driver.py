@@ -12,6 +12,7 @@ from time import perf_counter
 import trio
 
 from ..auth.grants import Grants, Identity, client_of
+from ..auth.tokens import token_kind
 from ..close_codes import CloseCode
 from ..config import LimitSettings
 from ..delivery.send_queue import SendQueue, TransportWriter
@@ -56,8 +57,10 @@ class SessionDriver:
         streams: Streams | None,
         network: str,
         session_id: int,
+        on_authenticated: Callable[[SessionDriver], None],
         on_ended: Callable[[SessionDriver], None],
     ) -> None:
+        """`on_authenticated` is called when the client has sent its first valid token."""
         limits = services.config.limits
         self.transport = transport
         self._session_id = session_id
@@ -79,6 +82,9 @@ class SessionDriver:
         )
         self._unauthenticated = UnauthenticatedPeer(services.unauthenticated, self._evict)
         self._services = services
+        self.token_kind = ""
+        """The kind of its last token, valid or not."""
+        self._on_authenticated = on_authenticated
         self._on_ended = on_ended
         self._streams = streams
         self._network = network
@@ -303,6 +309,7 @@ class SessionDriver:
         """Verify a token and accept its identity. Raises `PeerError`."""
         services, session = self._services, self.session
         authentication = services.authentication
+        self.token_kind = token_kind(token)
         if not services.log.epoch:
             raise PeerError(ErrorCode.UNAVAILABLE, "the database has not been reached yet", CloseCode.UNAVAILABLE)
         changes = services.permissions.changes
@@ -331,8 +338,13 @@ class SessionDriver:
             floor=services.log.floor,
             limits=client_limits(services.config.limits),
         )
+        new = session.identity is None
         before = Grants() if session.identity is None else session.identity.grants
         revoked = session.accept_token(identity, reply, producer, trio.current_time(), time.time(), usage)
+        if identity.admin:
+            self.token_kind = "admin key"
+        if new:
+            self._on_authenticated(self)
         self._unauthenticated.release()
         self._deadline.deadline = session.deadline
         services.permissions.add(self, identity.role, changes)

@@ -38,17 +38,16 @@ class SessionReport(Struct, frozen=True):
     queued: Annotated[int, Meta(ge=0, description="Bytes that wait in its send queues.")]
     pending: Annotated[int, Meta(ge=0, description="Publishes that are not acknowledged yet.")]
     published: Annotated[int, Meta(ge=0, description="Messages that it has published, whatever became of them.")]
-    delivered: Annotated[
-        int, Meta(ge=0, description="Messages sent to it. Those on a stream of a subscription count until that ends.")
-    ]
+    delivered: Annotated[int, Meta(ge=0, description="Messages sent to it, except those in datagrams.")]
 
 
 @dataclass(frozen=True, slots=True)
 class OpenSession:
-    """A session in the registry of its replica. `opened` is in milliseconds since 1970."""
+    """A session in the registry of its replica. `opened` is in milliseconds since 1970, `began` the Trio time of it."""
 
     id: int
     opened: int
+    began: float
     network: str
     driver: SessionDriver
 
@@ -86,5 +85,5 @@ class OpenSession:
             queued=sum(queue.size for queue in queues),
             pending=session.pending,
             published=session.published,
-            delivered=sum(queue.delivered for queue in queues),
+            delivered=session.send_queue.count.messages,
         )

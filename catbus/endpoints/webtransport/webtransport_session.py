@@ -236,6 +236,7 @@ class WebTransportSession:
             self._replica.flusher.wake,
             self._session_writer.send_queue.limit // SUBSCRIPTION_QUEUE_DIVISOR,
             self._replica.delivery.budget,
+            self._session_writer.send_queue.count,
         )
         return writer.send_queue
 

@@ -42,12 +42,16 @@ class Heartbeat:
         self._next = -inf
 
     async def send(self, connection: DatabaseConnection, describe: Callable[[], Mapping[str, Any]]) -> None:
-        """Send a heartbeat with the report that `describe` returns, if one is due."""
+        """Send a heartbeat with the report that `describe` returns, if one is due.
+
+        The `id` in the report identifies the replica.
+        """
         now = trio.current_time()
         if now < self._next:
             return
-        report = msgspec.json.encode(describe()).decode()
-        rows = await connection.fetch(_HEARTBEAT, self.id, report)
+        report = describe()
+        self.id = report.get("id", self.id)
+        rows = await connection.fetch(_HEARTBEAT, self.id, msgspec.json.encode(report).decode())
         self._next = now + HEARTBEAT_INTERVAL
         self.replicas = [ReplicaReport(name, age, _decode(text)) for name, age, text, _, _ in rows]
         _, _, _, self.queue, self.roles = rows[0]
