@@ -8,7 +8,7 @@ import re
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import jsonschema
 import msgspec
@@ -25,15 +25,18 @@ from catbus.in_process import LocalMessage
 from catbus.protocol import channels
 from catbus.protocol import wire_messages as wire
 from catbus.protocol.json_splitter import JsonSplitter
+from catbus.protocol.server_sent_events import COMMENT, encode_message_event, encode_reply, retry_block
+from catbus.protocol.server_sent_events import event as encode_event
 from catbus.testing import client_messages, server_messages
 from tests.protocol import diagram, schema
 from tests.protocol.scripted_sessions import SESSIONS
+from tests.server_sent_events import EventParser
 from tests.test_specification import DOCUMENT, blocks, objects
 
 DIRECTORY = Path(__file__).parents[2] / "protocol" / "vectors"
-PATTERNS, TOKENS, FRAMING, PAYLOADS = (
+PATTERNS, TOKENS, FRAMING, PAYLOADS, EVENTS = (
     json.loads((DIRECTORY / f"{name}.json").read_text(encoding="utf-8"))
-    for name in ("patterns", "tokens", "framing", "payloads")
+    for name in ("patterns", "tokens", "framing", "payloads", "events")
 )
 
 
@@ -160,6 +163,7 @@ def test_specification_states_the_number_of_cases() -> None:
         "tokens": len(TOKENS["cases"]),
         "framing": len(FRAMING["cases"]),
         "payloads": len(PAYLOADS["cases"]),
+        "events": len(EVENTS["replies"]) + len(EVENTS["streams"]),
         "sessions": len(SESSIONS),
     }
 
@@ -183,6 +187,50 @@ def test_framing_finds_the_objects_wherever_the_stream_is_cut(case: dict[str, An
             except PeerError as raised:
                 error = raised.code.value
             assert (found, error) == (case["objects"], case.get("error")), cut
+
+
+# Server-sent events
+
+
+def block(reply: dict[str, Any], epoch: str) -> str | None:
+    """Encode a reply for an event stream, as the broker does."""
+    if reply["type"] == "message":
+        payload = json.dumps(reply["payload"], ensure_ascii=False, separators=(",", ":")).encode()
+        seq, sender = reply.get("seq", 0), reply.get("sender")
+        return encode_message_event(reply["channel"], payload, seq, reply["at"], sender, epoch.encode()).decode()
+    found = encode_reply(wire.decode_server(json.dumps(reply).encode()), wire.ProtocolVersion.EVENTS, epoch)
+    return None if found is None else found.decode()
+
+
+@pytest.mark.parametrize("case", EVENTS["replies"], ids=lambda case: case["name"])
+def test_block_of_a_reply_is_that_of_the_vectors(case: dict[str, Any]) -> None:
+    assert block(case["reply"], case["epoch"]) == case["block"]
+
+
+@pytest.mark.parametrize("case", EVENTS["replies"], ids=lambda case: case["name"])
+def test_parser_finds_the_event_of_a_reply(case: dict[str, Any]) -> None:
+    parser = EventParser(last_id=case["before"])
+    found = [{"type": each.type, "data": each.data} for each in parser.feed((case["block"] or "").encode())]
+    assert found == ([] if case["event"] is None else [case["event"]])
+    assert parser.last_id == case["id"]
+
+
+@pytest.mark.parametrize("case", EVENTS["streams"], ids=lambda case: case["name"])
+def test_parser_finds_the_events_wherever_the_stream_is_cut(case: dict[str, Any]) -> None:
+    data = case["blocks"].encode()
+    for cut in range(len(data) + 1):
+        parser = EventParser()
+        found = [each for piece in (data[:cut], data[cut:]) for each in parser.feed(piece)]
+        assert [{"type": each.type, "data": each.data, "id": each.last_id} for each in found] == case["events"], cut
+        assert (parser.last_id, parser.retry) == (case["id"], case["retry"]), cut
+
+
+def test_vectors_have_every_reply_and_the_blocks_that_are_no_reply() -> None:
+    tags = {kind.__struct_config__.tag for kind in get_args(wire.ServerMessage)}
+    assert {case["reply"]["type"] for case in EVENTS["replies"]} == tags
+    blocks = "".join(case["blocks"] for case in EVENTS["streams"])
+    for made in (retry_block(1.5), COMMENT, encode_event("close", {"code": 4504, "reason": "the replica is stopping"})):
+        assert made.decode() in blocks
 
 
 # Payloads
