@@ -9,6 +9,7 @@ from math import inf
 
 import msgspec
 import pytest
+import trio
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
@@ -512,6 +513,19 @@ def test_batch_is_encoded_once_for_all_subscriptions_to_a_pattern(log: ListLog, 
     assert first is second is third
 
 
+def test_event_streams_with_the_same_patterns_and_other_cursors_share_a_page(log: ListLog, delivery: Delivery) -> None:
+    publish(log, delivery, *["a", "b", "c"] * 3)
+    clients = [Client(ProtocolVersion.EVENTS, b"", SendQueue(TransportWriter(), lambda _: None)) for _ in range(2)]
+    for client, since in zip(clients, (5, 0), strict=True):
+        client.send_queue.protocol = ProtocolVersion.EVENTS
+        delivery.subscribe_all(Subscription(client.send_queue), ["a", "b"], since)
+    exhaust(delivery.serve(0, log.page(0, 100)))
+    for client in clients:
+        client.collect()
+    received = [[line.seq for line in c.lines[""] if isinstance(line, wire.ChannelMessage)] for c in clients]
+    assert received == [[7, 8], [1, 2, 4, 5, 7, 8]]
+
+
 def test_overlapping_patterns_get_a_copy_each(log: ListLog, delivery: Delivery) -> None:
     send_queue = SendQueue(TransportWriter(), lambda _: None)
     for pattern in ("a.*", "*"):
@@ -782,6 +796,39 @@ def test_page_of_another_epoch_is_not_delivered_any_further(log: ListLog, delive
     assert delivery.next_position() == 0
     exhaust(steps)
     assert second.received() == [], "the messages of that page do not exist in this epoch"
+
+
+async def test_page_that_was_read_before_another_epoch_is_not_delivered() -> None:
+    """The log may begin another epoch between the read of a page and its use."""
+
+    class RestoredLog(ListLog):
+        """A log that is restored to its second message when its first page has been read."""
+
+        restored = False
+        follower: Delivery
+
+        async def read(self, after: int, *, rows: int, size: int) -> LogPage:
+            await trio.lowlevel.checkpoint()
+            page = self.page(after, rows)
+            if not self.restored:
+                self.restored, self.epoch = True, "f"
+                self.entries[2:] = [entry(seq, "b") for seq in range(3, 7)]
+                self.follower.restart(6)
+            return page
+
+    log = RestoredLog()
+    log.follower = delivery = Delivery(log)  # type: ignore[arg-type]
+    publish(log, delivery, *["a"] * 6)
+    reader = Reader(delivery, "a", since=0)
+    received: list[object] = []
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(delivery.run)
+        with trio.fail_after(5):
+            while wire.Live("a", 6) not in received:
+                await trio.lowlevel.checkpoint()
+                received += reader.received()
+        nursery.cancel_scope.cancel()
+    assert [seq for seq in received if isinstance(seq, int)] == [1, 2], "the others are of the epoch before"
 
 
 def test_subscription_whose_messages_are_withdrawn_gets_nothing_more_of_the_page(
