@@ -4,20 +4,23 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import reduce
+from math import inf
 from typing import Any
 
 import jsonschema
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
-from catbus.endpoints.http.openapi_document import CHANNEL_FORMAT, openapi_document
+from catbus.endpoints.http import formats
+from catbus.endpoints.http.openapi_document import openapi_document
 from catbus.endpoints.http.operation import Access
+from catbus.endpoints.http.query import parse_cursor
 from catbus.endpoints.http.routes import ROUTES
 from catbus.errors import PeerError
-from catbus.protocol.channels import check_channel, is_reserved
+from catbus.protocol.channels import check_channel, check_pattern, is_reserved
 from tests.brokers import TOKEN, request, running
 from tests.protocol import http_reference
 
@@ -75,22 +78,38 @@ def test_references_resolve_and_every_schema_is_used() -> None:
         jsonschema.Draft202012Validator.check_schema(schema)
 
 
-def allowed(channel: str) -> bool:
+def accepts(check: Callable[[str], None], text: str) -> bool:
     try:
-        check_channel(channel)
+        check(text)
     except PeerError:
         return False
-    return not is_reserved(channel)
+    return True
 
 
-FORMAT = re.compile(str(CHANNEL_FORMAT["pattern"]))
-
-
-@given(st.one_of(st.text(max_size=300), st.from_regex(FORMAT), st.text("a.-_", max_size=70)))
-def test_format_of_a_channel_is_that_of_the_code(channel: str) -> None:
+def described(schema: dict[str, Any], text: str) -> bool:
     # A `$` of JSON Schema, unlike Python's, does not match before a line break at the end.
-    described = FORMAT.fullmatch(channel) is not None and len(channel) <= CHANNEL_FORMAT["maxLength"]
-    assert described == allowed(channel)
+    return re.fullmatch(schema["pattern"], text) is not None and len(text) <= schema.get("maxLength", inf)
+
+
+TEXTS = st.one_of(
+    st.text(max_size=300),
+    st.text("a.-_*", max_size=70),
+    *(st.from_regex(form["pattern"]) for form in (formats.CHANNEL, formats.PATTERN, formats.CURSOR)),
+)
+
+
+@given(TEXTS)
+@example(".".join(["a"] * 32))
+@example(".".join(["a"] * 33))
+@example(".".join(["a"] * 31) + ".*")
+@example(".".join(["a"] * 32) + ".*")
+@example("a" * 255)
+@example("a" * 256)
+def test_forms_in_the_document_are_those_of_the_code(text: str) -> None:
+    assert described(formats.CHANNEL, text) == (accepts(check_channel, text) and not is_reserved(text))
+    assert described(formats.PATTERN, text) == accepts(check_pattern, text)
+    if described(formats.CURSOR, text):
+        assert parse_cursor(text) is not None
 
 
 def valid(path: str, method: str, status: int, content_type: str, body: bytes) -> None:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import argparse
 import sys
-from contextlib import AsyncExitStack
 from math import inf
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -16,6 +15,7 @@ from tempfile import TemporaryDirectory
 import trio
 
 import catbus
+from catbus.close_codes import CloseCode
 from tests.brokers import TOKEN, running
 from tests.programs import find_schemathesis
 
@@ -25,18 +25,35 @@ CONFIG = Path(__file__).with_name("schemathesis.toml")
 async def check(examples: int, *options: str) -> tuple[int, str]:
     """Run schemathesis with so many random examples for each operation. Return its exit status and its output.
 
-    The broker has two clients with subscriptions, so that the answers to administrators are not empty.
+    The broker has two clients with subscriptions, so that the answers to administrators are not empty. Event streams
+    end after a moment, because schemathesis reads a response to its end.
     """
-    async with running(seconds=inf) as (_, address), AsyncExitStack() as clients:
+    async with running(seconds=inf) as (broker, address), trio.open_nursery() as nursery:
+        nursery.start_soon(end_streams, broker)
         for name in ("alice", "bob"):
-            bus = await clients.enter_async_context(catbus.connect(f"ws://{address}/ws", token=TOKEN))
-            await clients.enter_async_context(bus.subscribe(f"{name}.*"))
+            await nursery.start(stay, f"ws://{address}/ws", name)
         command = [str(find_schemathesis()), "--config-file", str(CONFIG), "run", f"http://{address}/openapi.json"]
         command += ["--header", f"Authorization: Bearer {TOKEN}", "--max-examples", str(examples), "--no-color"]
         with TemporaryDirectory() as directory:
             # It keeps the failures that it has found in its working directory, and tries them again the next time.
             done = await trio.run_process([*command, *options], cwd=directory, capture_stdout=True, check=False)
+        nursery.cancel_scope.cancel()
         return done.returncode, done.stdout.decode()
+
+
+async def stay(url: str, name: str, *, task_status: trio.TaskStatus[None]) -> None:
+    """Be a client with a subscription. Started once subscribed."""
+    async with catbus.connect(url, token=TOKEN) as bus, bus.subscribe(f"{name}.*"):
+        task_status.started()
+        await trio.sleep_forever()
+
+
+async def end_streams(broker: catbus.Broker) -> None:
+    while True:
+        await trio.sleep(0.05)
+        for session in broker.replica.sessions_after(0):
+            if session.driver.transport == "sse" and session.driver.authenticated:
+                session.driver.close(CloseCode.DISCONNECTED, "the test goes on")
 
 
 def main() -> None:

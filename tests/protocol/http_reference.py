@@ -113,7 +113,8 @@ def _default(schema: Mapping[str, Any]) -> str:
 
 def _content(content: Mapping[str, Any]) -> str:
     [(media, found)] = content.items()
-    return _type(found["schema"]) if media == "application/json" else f"`{media}`"
+    shown = _type(found["schema"])
+    return shown if media == "application/json" else f"`{media}`" + (f", events {shown}" if shown != "string" else "")
 
 
 def _type(schema: Mapping[str, Any]) -> str:

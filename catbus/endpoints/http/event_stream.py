@@ -22,6 +22,7 @@ from ..replica_interface import ReplicaInterface, SessionInterface
 from ..socket_writer import SocketWriter
 from .error_responses import error_response
 from .event_encoder import LAST_CHUNK, chunk, make_event_encoder
+from .formats import CURSOR, OPTIONAL_CURSOR, PATTERN
 from .http_request import Headers, HttpRequest, request_token
 from .http_response import HttpResponse
 from .query import parse_cursor, parse_query, since
@@ -38,15 +39,36 @@ HEADERS: Headers = [
 class EventsQuery(Struct):
     """The parameters of `GET /events`."""
 
-    pattern: Annotated[list[str], Meta(min_length=1, description="A channel, or a pattern such as `room.*`.")]
-    since: Annotated[str, Meta(description="Resume after this position, `SEQ.EPOCH` or `SEQ`.")] | UnsetType = UNSET
+    pattern: Annotated[
+        list[Annotated[str, Meta(extra_json_schema=PATTERN)]],
+        Meta(min_length=1, description="A channel, or a pattern such as `room.*`. It may be repeated."),
+    ]
+    since: (
+        Annotated[str, Meta(description="Resume after this position, `SEQ.EPOCH` or `SEQ`.", extra_json_schema=CURSOR)]
+        | UnsetType
+    ) = UNSET
     epoch: Annotated[str, Meta(description="The epoch of `since`, if that is a `SEQ`.")] | UnsetType = UNSET
 
 
 class EventsHeaders(Struct, rename={"last_event_id": "Last-Event-ID"}):
     """The headers of `GET /events`."""
 
-    last_event_id: Annotated[str, Meta(description="The `id` of the last event: resume after it.")] | UnsetType = UNSET
+    last_event_id: (
+        Annotated[
+            str, Meta(description="The `id` of the last event: resume after it.", extra_json_schema=OPTIONAL_CURSOR)
+        ]
+        | UnsetType
+    ) = UNSET
+
+
+class StreamedEvent(Struct):
+    """An event of a stream. The `data` of a message is what `message` is over other transports, without `pattern`."""
+
+    data: Annotated[str, Meta(description="JSON.", extra_json_schema={"contentMediaType": "application/json"})]
+    event: (
+        Annotated[str, Meta(description="The kind of an event that is not a message: `gap`, `live`.")] | UnsetType
+    ) = UNSET
+    id: Annotated[str, Meta(description="The position after the event, `SEQ.EPOCH`.")] | UnsetType = UNSET
 
 
 CLOSE_TIMEOUT = 2.0

@@ -11,8 +11,8 @@ import msgspec
 from msgspec import Struct
 
 from ...protocol import wire_messages as wire
-from ...protocol.channels import MAX_LENGTH, MAX_SEGMENTS
 from ...version import version
+from .formats import CHANNEL
 from .operation import Access, Answer, Operation
 
 GENERAL_ERRORS = {
@@ -34,12 +34,6 @@ BODY_ERRORS = {408: "The body did not arrive in time.", 413: "The body is too la
 
 MESSAGE_FIELDS = ("type", "channel", "payload", "ephemeral")
 """The fields of a message that have an effect in a request."""
-
-CHANNEL_FORMAT: dict[str, Any] = {
-    "maxLength": MAX_LENGTH,
-    "pattern": rf"^[A-Za-z0-9-][A-Za-z0-9_-]*(\.[A-Za-z0-9_-]+){{0,{MAX_SEGMENTS - 1}}}$",
-}
-"""The schema of a channel that clients may publish to."""
 
 _PLACE = "#/components/schemas/"
 _DESCRIPTION = (
@@ -100,7 +94,7 @@ def _adapt_message(schema: dict[str, Any]) -> None:
     that have a meaning within a session are left out."""
     schema["required"].remove("type")
     schema["properties"] = {name: schema["properties"][name] for name in MESSAGE_FIELDS}
-    schema["properties"]["channel"] |= CHANNEL_FORMAT
+    schema["properties"]["channel"] |= CHANNEL
 
 
 def _bodies(operation: Operation) -> Iterator[Any]:
@@ -145,9 +139,5 @@ def _answers(operation: Operation) -> dict[int, Answer]:
 
 
 def _response(answer: Answer, schemas: _Schemas) -> dict[str, Any]:
-    json = answer.body is not None
-    schema = schemas.of(answer.body) if json else {"type": "string"}
-    return {
-        "description": answer.meaning,
-        "content": {"application/json" if json else answer.media: {"schema": schema}},
-    }
+    schema = {"type": "string"} if answer.body is None else schemas.of(answer.body)
+    return {"description": answer.meaning, "content": {answer.media_type: {"schema": schema}}}

@@ -27,11 +27,19 @@ class Access(Enum):
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """A response: what it means, and the type of its body. Without a type, its body is a text of the type `media`."""
+    """A response: what it means, the type of its body, and its media type. Without a type, its body is a text.
+
+    The body of an event stream is a sequence of events, and the type is that of one.
+    """
 
     meaning: str
     body: Any = None
-    media: str = "text/plain"
+    media: str = ""
+
+    @property
+    def media_type(self) -> str:
+        """`media`, or by default JSON for a body with a type and plain text for one without."""
+        return self.media or ("text/plain" if self.body is None else "application/json")
 
 
 @dataclass(frozen=True, slots=True)

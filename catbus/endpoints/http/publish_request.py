@@ -12,7 +12,7 @@ from msgspec import UNSET, Meta, Struct, UnsetType
 from ...auth.grants import Identity, client_of
 from ...error_codes import ErrorCode
 from ...errors import PeerError, Unavailable
-from ...log import Outcome, Rejected
+from ...log import CONFLICT, Outcome, Rejected
 from ...protocol import wire_messages as wire
 from ...session.hooks import ClientInfo
 from ..replica_interface import ReplicaInterface
@@ -62,14 +62,14 @@ async def publish(replica: ReplicaInterface, request: HttpRequest) -> HttpRespon
     except (PeerError, Unavailable) as error:
         return error_response(replica, error)
     results: list[PublishResult] = []
-    refusals: list[ErrorCode] = []
+    errors: list[int] = []
     for item in wanted:
         outcome = Rejected(item.code, item.message) if isinstance(item, PeerError) else next(outcomes)
         if isinstance(outcome, Rejected):
-            refusals.append(outcome.code)
+            errors.append(409 if outcome == CONFLICT else ERROR_STATUSES.get(outcome.code, 400))
             replica.runtime_statistics.count_error(outcome.code)
         results.append(_result(item, outcome))
-    status = ERROR_STATUSES.get(refusals[0], 400) if refusals else 200
+    status = errors[0] if errors else 200
     return json_response(results[0] if single else results, status, retry_headers(status))
 
 

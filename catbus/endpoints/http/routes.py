@@ -20,7 +20,7 @@ from .api.sessions import SessionsPage, SessionsQuery, list_sessions
 from .cors import preflight_headers
 from .discovery_document import DiscoveryDocument, discovery_document
 from .error_responses import error_response
-from .event_stream import CONTENT_TYPE, HEADERS, EventsHeaders, EventsQuery
+from .event_stream import CONTENT_TYPE, HEADERS, EventsHeaders, EventsQuery, StreamedEvent
 from .forwarded_headers import forwarded_origin
 from .http_request import HttpRequest, bearer_token
 from .http_response import UPGRADE_REQUIRED, ErrorAnswer, HttpResponse, http_error, json_response, text_response
@@ -158,6 +158,7 @@ ROUTES: dict[str, dict[str, Operation]] = {
             "Publish a message, or an array of messages in order",
             {
                 200: Answer("Each message is committed, or passed on if it is ephemeral.", PUBLISH_ANSWER),
+                409: Answer("The `Idempotency-Key` was used for another message.", PUBLISH_ANSWER),
                 504: Answer("Unknown: perhaps messages are committed.", PUBLISH_ANSWER),
             },
             Access.CLIENT,
@@ -172,7 +173,11 @@ ROUTES: dict[str, dict[str, Operation]] = {
         "GET": Operation(
             events,
             "Subscribe to messages as server-sent events",
-            {200: Answer("The stream. It is empty if an `EventSource` is to try again.", media="text/event-stream")},
+            {
+                200: Answer(
+                    "The events. There is none if an `EventSource` is to try again.", StreamedEvent, "text/event-stream"
+                )
+            },
             Access.CLIENT,
             "A token may also be the parameter `access_token`. `Last-Event-ID` counts more than `since`.",
             query=EventsQuery,
