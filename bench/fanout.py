@@ -1,6 +1,7 @@
 """One publisher to many subscribers: CPU time and latency of a delivery.
 
     python bench/fanout.py --subscribers 1000 --repeat 3 --compare nats
+    python bench/fanout.py --transport sse
     python bench/fanout.py --transport webtransport
 
 Each server is a process of its own, and so are its subscribers. The publisher is this process. Workloads:
@@ -12,6 +13,7 @@ A subscriber that misses a message of a round ends the run. CPU is the CPU time 
 first publish and the last delivery, including the kernel's work for it. The rows:
 
     catbus    `catbus run`, with the database of --database
+    websocket with --transport sse: the same broker program, with WebSocket subscribers
     nats      nats-server (--compare nats; --nats names the program)
     bare      a loop that only relays what the publisher sends to each subscriber: with WebSocket a loop of `os.write`,
               which is the kernel's cost alone; with WebTransport a loop over aioquic, which handles packets,
@@ -45,9 +47,9 @@ from typing import NamedTuple
 
 import harness
 from baseline_relays import HELLO, WELCOME, websocket_relay, webtransport_relay
-from harness import BINARY, PAYLOAD_SIZE, PONG, Publisher, auth_line, cpu_time, frame, payload, percentile
+from harness import BINARY, PAYLOAD_SIZE, PONG, Publisher, auth_line, bench_token, cpu_time, frame, payload, percentile
 from subscriber_process import FORK, Connector, Request, Round, SubscriberProcess
-from subscriber_transports import Steps, WebSocketConnector, WebTransportConnector
+from subscriber_transports import EventStreamConnector, Steps, WebSocketConnector, WebTransportConnector
 
 from catbus.certificates import development_certificate
 from catbus.endpoints.websocket.frame_encoder import text_header
@@ -83,7 +85,7 @@ class Target:
 
 
 @contextmanager
-def catbus_target(database: str, *, webtransport: bool) -> Iterator[Target]:
+def catbus_target(database: str, transport: str, name: str = "catbus") -> Iterator[Target]:
     def publish(payloads: Sequence[bytes]) -> bytes:
         lines = [b'{"type":"publish","channel":"%b","payload":%b}\n' % (CHANNEL.encode(), each) for each in payloads]
         return frame(b"".join(lines))
@@ -91,12 +93,16 @@ def catbus_target(database: str, *, webtransport: bool) -> Iterator[Target]:
     hello = auth_line(), b'"auth_ok"'
     subscribe = b'{"type":"subscribe","pattern":"%b"}\n' % PATTERN.encode(), b'"subscribed"'
     alive = frame(b"", PONG)
-    with harness.catbus_run(database, webtransport=webtransport) as server:
-        connector: Connector = WebTransportConnector(server.quic_port, server.ca, [hello, subscribe])
-        if not webtransport:
-            connector = WebSocketConnector(server.port, "/ws", framed([hello, subscribe]), alive)
+    with harness.catbus_run(database, webtransport=transport == "webtransport") as server:
+        match transport:
+            case "webtransport":
+                connector: Connector = WebTransportConnector(server.quic_port, server.ca, [hello, subscribe])
+            case "sse":
+                connector = EventStreamConnector(server.port, f"/events?pattern={PATTERN}&access_token={bench_token()}")
+            case _:
+                connector = WebSocketConnector(server.port, "/ws", framed([hello, subscribe]), alive)
         publisher = WebSocketConnector(server.port, "/ws", framed([hello]), alive)
-        yield Target("catbus", server.pid, connector, publish, publisher.connect_one, alive, b'"type":"published"')
+        yield Target(name, server.pid, connector, publish, publisher.connect_one, alive, b'"type":"published"')
 
 
 @contextmanager
@@ -292,8 +298,9 @@ class Result(NamedTuple):
     p99: float
 
 
-SUBSCRIBERS = {"websocket": 1000, "webtransport": 40}
+SUBSCRIBERS = {"websocket": 1000, "sse": 1000, "webtransport": 40}
 """As many as two cores can serve."""
+NAMES = {"websocket": "WebSocket", "sse": "server-sent events", "webtransport": "WebTransport"}
 
 
 def main() -> None:
@@ -320,12 +327,15 @@ def main() -> None:
     workloads += [
         Workload(f"{rate:g}/s", max(1, int(rate * options.seconds)), rate, options.seconds) for rate in options.rates
     ]
-    name = "WebTransport" if webtransport else "WebSocket"
-    print(f"1 publisher to {subscribers} {name} subscribers, {PAYLOAD_SIZE} bytes, medians of {options.repeat}")
+    print(
+        f"1 publisher to {subscribers} {NAMES[options.transport]} subscribers, {PAYLOAD_SIZE} bytes, medians of {options.repeat}"
+    )
     print(harness.describe_machine(), flush=True)
     results: dict[tuple[Workload, str], list[Result]] = defaultdict(list)
     with ExitStack() as stack:
-        targets = [stack.enter_context(catbus_target(options.database, webtransport=webtransport))]
+        targets = [stack.enter_context(catbus_target(options.database, options.transport))]
+        if options.transport == "sse":
+            targets.append(stack.enter_context(catbus_target(options.database, "websocket", "websocket")))
         if "nats" in options.compare:
             program = shutil.which(options.nats)
             if program is None:
@@ -340,14 +350,14 @@ def main() -> None:
                         each.keep_alive()
                     time.sleep(0.3)
                     results[workload, bench.target.name].append(bench.run(workload))
-    print(f"\n{'':>14} {'':>8} {'CPU us/delivery':>16} {'x bare':>8} {'deliveries/s':>13} {'p50 ms':>8} {'p99 ms':>8}")
+    print(f"\n{'':>14} {'':>9} {'CPU us/delivery':>16} {'x bare':>8} {'deliveries/s':>13} {'p50 ms':>8} {'p99 ms':>8}")
     for (workload, name), rounds in results.items():
         cpu, speed, p50, p99 = (statistics.median(values) for values in zip(*rounds, strict=True))
         ratio = statistics.median(
             mine.cpu / bare.cpu for mine, bare in zip(rounds, results[workload, "bare"], strict=True)
         )
         latency = f"{p50:8.2f} {p99:8.2f}" if workload.rate else f"{'-':>8} {'-':>8}"
-        print(f"{workload.name:>14} {name:>8} {cpu:16.2f} {ratio:8.2f} {speed:13,.0f} {latency}")
+        print(f"{workload.name:>14} {name:>9} {cpu:16.2f} {ratio:8.2f} {speed:13,.0f} {latency}")
 
 
 if __name__ == "__main__":

@@ -254,9 +254,13 @@ def frame(payload: bytes, opcode: int = TEXT) -> bytes:
 
 
 def auth_line(client_id: str = "bench") -> bytes:
-    """Return an `auth` with all grants below `bench.`."""
-    token = sign(SECRET, client_id=client_id, grants=Grants(("bench.*",), ("bench.*",)))
-    return json.dumps({"type": "auth", "token": token, "protocol": 1}).encode() + b"\n"
+    """Return an `auth` with the token of `bench_token`."""
+    return json.dumps({"type": "auth", "token": bench_token(client_id), "protocol": 1}).encode() + b"\n"
+
+
+def bench_token(client_id: str = "bench") -> str:
+    """Return a token with all grants below `bench.`."""
+    return sign(SECRET, client_id=client_id, grants=Grants(("bench.*",), ("bench.*",)))
 
 
 PAYLOAD_SIZE = 128

@@ -1,4 +1,4 @@
-"""Connectors of subscribers over WebSocket and WebTransport."""
+"""Connectors of subscribers over WebSocket, server-sent events and WebTransport."""
 
 from __future__ import annotations
 
@@ -50,12 +50,33 @@ class WebSocketConnector:
         peer.setblocking(False)
         return peer
 
-    def open(self, poll: select.epoll) -> WebSocketSubscribers:
-        return WebSocketSubscribers(self, poll)
+    def open(self, poll: select.epoll) -> SocketSubscribers:
+        return SocketSubscribers(self, poll)
 
 
-class WebSocketSubscribers:
-    def __init__(self, connector: WebSocketConnector, poll: select.epoll) -> None:
+@dataclass(frozen=True, slots=True)
+class EventStreamConnector:
+    port: int
+    target: str
+    """The path and the query of the request, with the token."""
+    alive: bytes = b""
+
+    def connect_one(self) -> socket.socket:
+        """Return a non-blocking socket on which the stream has begun."""
+        peer = socket.create_connection(("127.0.0.1", self.port), timeout=OPENING_TIME)
+        peer.sendall(f"GET {self.target} HTTP/1.1\r\nHost: 127.0.0.1:{self.port}\r\n\r\n".encode())
+        harness.wait_for(peer, b"\nid: ")
+        peer.setblocking(False)
+        return peer
+
+    def open(self, poll: select.epoll) -> SocketSubscribers:
+        return SocketSubscribers(self, poll)
+
+
+class SocketSubscribers:
+    """Subscribers over TCP."""
+
+    def __init__(self, connector: WebSocketConnector | EventStreamConnector, poll: select.epoll) -> None:
         self._connector = connector
         self._poll = poll
         self._sockets: list[socket.socket] = []
