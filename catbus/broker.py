@@ -10,6 +10,7 @@ from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager, contextmanager
 from dataclasses import replace
 from datetime import UTC, datetime
+from math import ceil
 from typing import Any, Unpack
 
 import msgspec
@@ -27,6 +28,7 @@ from .malloc_trim import trim_after_peaks
 from .observability.metrics import export_metrics
 from .postgres import PostgresLog
 from .postgres.embedded import server as embedded_server
+from .protocol.channels import check_pattern
 from .protocol.wire_messages import Publish, check_payload, to_json
 from .replica import Replica
 from .session.history_page import MAX_HISTORY
@@ -124,6 +126,17 @@ class Broker:
             yield messages
         finally:
             messages.close()
+
+    async def erase(self, pattern: str, *, sender: str | None = None, before: datetime | None = None) -> int:
+        """Erase the contents of messages that match, and return the number of these messages. Their seqs stay.
+
+        `sender` and `before` restrict it to messages of that `client_id`, and to older ones. Raises `Refused` for a bad
+        pattern, and `Unavailable`; then, and when it is cancelled, a part of them may be erased.
+        """
+        with refusing():
+            check_pattern(pattern)
+        at = None if before is None else ceil(before.timestamp() * 1000)
+        return await self.replica.log.erase(pattern, sender=sender, before=at)
 
     def reload(self) -> None:
         """Read the certificate again. If it is not valid, the present one stays, and a log line says why."""

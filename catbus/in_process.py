@@ -68,7 +68,7 @@ class LocalSubscription(AsyncIterator[LocalMessage]):
         self._ready: deque[Entry] = deque()
         self._arrived = trio.Event()
         self._send_queue = SendQueue(self, self._wake, replica.config.limits.send_queue, self._delivery.budget)
-        self._subscription = Subscription(self._send_queue)
+        self._subscription = Subscription(self._send_queue, taken=self._ready)
         self._closed = False
         self._delivery.subscribe(self._subscription, pattern, since, epoch)
 

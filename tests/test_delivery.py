@@ -16,20 +16,19 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 
 import catbus.delivery.fan_out as delivery_module
 from catbus.delivery.fan_out import MEASURED_PER_CHECKPOINT, Delivery
+from catbus.delivery.reply_lines import HeadLine, HistoryLine, SubscriptionLine
 from catbus.delivery.send_queue import (
     LIST_SLOT_BYTES,
     REPLY_BYTES,
     SUBSCRIPTION_LINE_BYTES,
     Budget,
     EncodedMessages,
-    HeadLine,
     QueueItem,
     SendQueue,
-    SubscriptionLine,
 )
 from catbus.delivery.subscription import PAGE_ROWS, Subscription
 from catbus.delivery.topic_tree import TopicTree
-from catbus.log import Entry, LogPage, RecentMessages, Resumption
+from catbus.log import Entry, LogPage, RecentMessages, Resumption, erased
 from catbus.log.recent_messages import ENTRY_OVERHEAD
 from catbus.protocol import wire_messages as wire
 from catbus.protocol.channels import matches
@@ -371,6 +370,28 @@ class DeliveryMachine(RuleBasedStateMachine):
         """Messages before the newest one are deleted, and a repair records the range."""
         last = min(first + length, len(self.log.entries)) - 1
         self.log.holes.update(range(max(first, self.log.floor), last + 1))
+
+    @rule(channel=st.sampled_from(CHANNELS), steps=st.integers(0, 3))
+    def erase(self, channel: str, steps: int) -> None:
+        """Messages are erased, while others are delivered. What a client has received of them is owed no more."""
+        seqs = {e.seq for e in self.log.entries if e.channel == channel}
+        lowest = self.delivery.begin_erasure()
+        held = {e.seq for c in self.clients for i in c.send_queue._items if isinstance(i, EncodedMessages)
+                for e in i.entries if e.seq}  # fmt: skip
+        assert lowest == min(held, default=None)
+        self.page = None
+        self.log.entries = [erased(e) if e.seq in seqs else e for e in self.log.entries]
+        erasing = self.delivery.erase(seqs)
+        for _ in range(steps):
+            next(self.serving, None)
+            next(erasing, None)
+        exhaust(erasing)
+        for client in self.clients:
+            client.stream = [payload for payload in client.stream if int(payload) not in seqs]
+            for pattern, lines in client.lines.items():
+                client.lines[pattern] = [
+                    line for line in lines if not (isinstance(line, wire.ChannelMessage) and line.seq in seqs)
+                ]
 
     @invariant()
     def each_client_received_a_prefix_of_what_it_is_owed(self) -> None:
@@ -846,6 +867,72 @@ def test_subscription_whose_messages_are_withdrawn_gets_nothing_more_of_the_page
         catch_up(log, delivery)
         got += reader.received()
     assert got == [*range(1, 9), wire.Live("a", 8)]
+
+
+def test_page_that_was_read_before_an_erasure_is_not_delivered_any_further(log: ListLog, delivery: Delivery) -> None:
+    publish(log, delivery, "a", "a", "a")
+    readers = [Reader(delivery, "a", since=0) for _ in range(3)]
+    steps = delivery.serve(0, log.page(0, 3))
+    next(steps)
+    delivery.begin_erasure()
+    exhaust(steps)
+    log.entries[1] = erased(log.entries[1])
+    steps = delivery.serve(0, log.page(0, 3))
+    exhaust(delivery.erase({2}))
+    exhaust(steps)
+    for _ in range(3):
+        catch_up(log, delivery)
+    for reader in readers:
+        assert reader.received() == [1, 3, wire.Live("a", 3)]
+
+
+async def test_page_that_arrives_after_an_erasure_is_read_again(log: ListLog, delivery: Delivery) -> None:
+    """Even if the erasure comes between the end of the reading and the first delivery."""
+    publish(log, delivery, "a", "a")
+    reader, reads = Reader(delivery, "a", since=0), 0
+
+    async def read(position: int, *, rows: int, size: int) -> LogPage:
+        nonlocal reads
+        page = log.page(position, rows)
+        reads += 1
+        if reads == 1:
+            log.entries[0] = erased(log.entries[0])
+            delivery.begin_erasure()
+            exhaust(delivery.erase({1}))
+        await trio.lowlevel.checkpoint()
+        return page
+
+    log.read = read  # type: ignore[attr-defined]
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(delivery.run)
+        with trio.fail_after(5):
+            while reader.subscription.lagging:
+                await trio.lowlevel.checkpoint()
+        nursery.cancel_scope.cancel()
+    assert reader.received() == [2, wire.Live("a", 2)]
+
+
+def test_erased_messages_that_a_subscription_in_this_process_has_taken_are_dropped(
+    log: ListLog, delivery: Delivery
+) -> None:
+    taken = deque([entry(1, "a"), entry(0, "a"), entry(2, "a")])
+    send_queue = SendQueue(TransportWriter(), lambda _: None)
+    delivery.subscribe(Subscription(send_queue, taken=taken), "a")
+    assert delivery.begin_erasure() == 1
+    exhaust(delivery.erase({1}))
+    assert [e.seq for e in taken] == [0, 2]
+
+
+def test_pages_of_history_are_found_in_send_queues_without_subscriptions(delivery: Delivery) -> None:
+    send_queue = SendQueue(TransportWriter(), lambda _: None)
+    for line in (HistoryLine(b"page", [7, 9], b"error"), HistoryLine(b"other", [8], b"error")):
+        send_queue.put(line)
+        delivery.note_history(send_queue)
+    assert delivery.begin_erasure() == 7
+    exhaust(delivery.erase({9}))
+    assert send_queue.take() == [b"error", b"other"]
+    assert delivery.begin_erasure() is None
+    assert not delivery._with_history
 
 
 def test_replica_overtaken_by_retention_announces_a_gap(log: ListLog, delivery: Delivery) -> None:

@@ -6,6 +6,7 @@ import tracemalloc
 
 import pytest
 
+from catbus.delivery.reply_lines import HeadLine, HistoryLine, SubscriptionLine
 from catbus.delivery.send_queue import (
     LIST_SLOT_BYTES,
     MAX_JOINED,
@@ -14,9 +15,7 @@ from catbus.delivery.send_queue import (
     SUBSCRIPTION_LINE_BYTES,
     Budget,
     EncodedMessages,
-    HeadLine,
     SendQueue,
-    SubscriptionLine,
     size_of_replies,
 )
 from catbus.log import Entry
@@ -136,6 +135,31 @@ def test_copy_for_several_patterns_keeps_the_messages_that_other_patterns_match(
     assert budget.held == mixed.charge + alone.charge + 2 * LIST_SLOT_BYTES
     assert other.take() == [mixed, alone]
     assert budget.held == 0
+
+
+def test_erased_messages_are_dropped_and_send_queues_go_on_sharing_the_others() -> None:
+    budget = Budget()
+    one, other = (SendQueue(TransportWriter(), lambda _: None, budget=budget) for _ in range(2))
+    shared, whole = encoded(1, 2, 3), encoded(4, 5)
+    page = HistoryLine(b"page", [2, 9], b"error")
+    for send_queue in (one, other):
+        for item in (shared, whole, encoded(7)):
+            send_queue.offer(item)
+    one.pin()
+    for line in (page, HistoryLine(b"page", [8], b"error"), HeadLine(b"head")):
+        one.put(line)
+    assert one.lowest_seq() == other.lowest_seq() == 1
+    remainders: dict[EncodedMessages, EncodedMessages | None] = {}
+    for send_queue in (one, other):
+        send_queue.erase({2, 7}, remainders)
+    assert one._pinned == 2
+    rest, same, *lines = one.take()
+    assert isinstance(rest, EncodedMessages)
+    assert [entry.seq for entry in rest.entries] == [1, 3]
+    assert same is whole
+    assert lines == [b"error", b"page", b"head"]
+    assert other.take() == [rest, whole]
+    assert (budget.messages, budget.pinned, budget.replies, one.size, other.size) == (0, 0, 0, 0, 0)
 
 
 def test_withdrawing_returns_the_first_seqs_and_keeps_pinned_messages() -> None:

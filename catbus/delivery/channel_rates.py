@@ -56,6 +56,11 @@ class ChannelRates:
         self._present = _Interval(None)
         self._finished: deque[_Interval] = deque(maxlen=INTERVALS)
 
+    def clear(self) -> None:
+        """Forget all channels: the names of some may not be kept any longer."""
+        self._present = _Interval(self._present.began)
+        self._finished.clear()
+
     def count(self, entries: Sequence[Entry]) -> None:
         """Count messages."""
         present = self._present

@@ -20,6 +20,7 @@ from ..log import Entry, Log, LogPage, Resumption
 from ..protocol.wire_messages import Gap, Live
 from .catch_up import CatchUpSweeps, PatternMatches, feed
 from .channel_rates import ChannelRates
+from .erasure import erase_waiting, find_lowest_seq
 from .send_queue import Budget, EncodedMessages, SendQueue
 from .subscription import (
     AHEAD,
@@ -102,12 +103,15 @@ class Delivery:
         self._ahead: dict[Subscription, None] = {}
         self._by_send_queue: dict[SendQueue, dict[str, Subscription]] = {}
         """The subscriptions of each send queue, by pattern."""
+        self._with_history: dict[SendQueue, None] = {}
+        """The send queues in which pages of history may wait."""
         self._work = trio.Event()
         self._sweeps = CatchUpSweeps()
         self._lags = 0
         self._pages_read = 0
         self._withdrawals = 0
-        self._restarts = 0
+        self._page_version = 0
+        """Changes when pages that were read before must not be used any more."""
         self._withdraw_above = self.budget.for_messages
 
     def statistics(self) -> DeliveryStatistics:
@@ -173,7 +177,7 @@ class Delivery:
         its cursor, and gets the gap there.
         """
         previous, self.position, self.at = self.position, applied, 0
-        self._restarts += 1
+        self._page_version += 1
         groups = [group for tree in (self._live, self._lagging) for group in tree.groups()]
         for subscription in dict.fromkeys(member for group in groups for member in group.members):
             known = subscription.cursor if subscription.lagging else previous
@@ -198,6 +202,24 @@ class Delivery:
             self._announce_gap(subscription, min(known, applied), applied, lost)
             if subscription.lagging:
                 self._go_live(subscription)
+
+    def begin_erasure(self) -> int | None:
+        self._page_version += 1
+        return find_lowest_seq(self._by_send_queue, self._with_history)
+
+    def erase(self, seqs: Collection[int]) -> Iterator[None]:
+        self._page_version += 1
+        self._live.forget_channels()
+        self._lagging.forget_channels()
+        self.channel_rates.clear()
+        others = [queue for queue in self._with_history if queue not in self._by_send_queue]
+        return erase_waiting(seqs, self._by_send_queue, others)
+
+    def note_history(self, send_queue: SendQueue) -> None:
+        """A page of history was put into a send queue, which may have no subscriptions."""
+        if send_queue and send_queue not in self._with_history:
+            self._with_history[send_queue] = None
+            send_queue.when_emptied(partial(self._with_history.pop, send_queue))
 
     # Subscribing
 
@@ -270,7 +292,7 @@ class Delivery:
                 self._work = trio.Event()
                 await self._work.wait()
                 continue
-            restarts = self._restarts
+            version = self._page_version
             try:
                 page = await self._log.read(position, rows=self.rows_from(position), size=PAGE_BYTES)
             except Unavailable:
@@ -278,8 +300,8 @@ class Delivery:
                 continue
             self._pages_read += 1
             await trio.lowlevel.checkpoint()
-            if restarts != self._restarts:
-                continue  # The page may be of the epoch before.
+            if version != self._page_version:
+                continue  # Its entries may be of the epoch before, or erased.
             for _ in self.serve(position, page):
                 await trio.lowlevel.checkpoint()
 
@@ -296,7 +318,7 @@ class Delivery:
 
         Exhaust the iterator before the next page. Between two steps anything else may happen.
         """
-        restarts = self._restarts
+        version = self._page_version
         self._sweeps.note_page(position, page.last, self._log.memory_floor)
         if page.after > position:
             # Entries that retention dropped are missing for every lower cursor. A deleted range is a gap for the
@@ -318,7 +340,7 @@ class Delivery:
             if number % SERVED_PER_CHECKPOINT == 0:
                 self._make_room()
                 yield
-            if restarts != self._restarts:
+            if version != self._page_version:
                 return
             reading = subscription.state is READING
             if not reading or not page.after <= subscription.cursor <= page.last:

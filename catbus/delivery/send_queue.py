@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Sequence
 from math import inf
-from typing import Protocol, Self
+from typing import Protocol
 
 from ..log import Entry
 from ..protocol.channels import selectors
 from ..protocol.server_sent_events import encode_message_event
 from ..protocol.wire_messages import ProtocolVersion, encode_first_version_message, encode_message
+from .reply_lines import HeadLine, HistoryLine, SubscriptionLine
 
 OVERHEAD = 96
 """Approximate size of a `message` line without its channel and payload, in bytes."""
@@ -98,28 +99,15 @@ class EncodedMessages:
             self._first_version_lines = [encode_first_version_message(e.channel, e.payload) for e in self.entries]
         return self._first_version_lines
 
+    def select(self, wanted: Callable[[Entry], bool]) -> EncodedMessages | None:
+        """Return the messages that are wanted: this object if all are, None if none is."""
+        kept = [entry for entry in self.entries if wanted(entry)]
+        if len(kept) == len(self.entries):
+            return self
+        return EncodedMessages(self.pattern, kept, self.epoch) if kept else None
+
 
 QueueItem = EncodedMessages | bytes
-
-
-class HeadLine(bytes):
-    """A `head` line: all subscriptions of the send queue are complete up to its seq.
-
-    The client takes the messages before it as delivered, so it is never sent without them.
-    """
-
-    __slots__ = ()
-
-
-class SubscriptionLine(bytes):
-    """A `live` or `gap` line: the same for one pattern."""
-
-    pattern: str
-
-    def __new__(cls, line: bytes, pattern: str) -> Self:
-        subscription_line = super().__new__(cls, line)
-        subscription_line.pattern = pattern
-        return subscription_line
 
 
 class TransportWriter(Protocol):
@@ -403,21 +391,53 @@ class SendQueue:
         The cost does not depend on the number of patterns.
         """
         self._drop(0, patterns)
+
+        def permitted(entry: Entry) -> bool:
+            return any(selector in others for selector in selectors(entry.channel))
+
+        self._rebuild(lambda i: i.select(permitted) if isinstance(i, EncodedMessages) and not i.pattern else i)
+
+    def _rebuild(self, change: Callable[[QueueItem], QueueItem | None]) -> None:
+        """Replace each item by what `change` returns for it, and drop it if that is None."""
         items, fixed, self._items, self._pinned = self._items, self._pinned, [], 0
         self._budget.unpin(items[:fixed])
         for index, item in enumerate(items):
-            if isinstance(item, EncodedMessages) and not item.pattern:
-                wanted = [e for e in item.entries if any(s in others for s in selectors(e.channel))]
-                kept = EncodedMessages("", wanted, item.epoch)
+            rest = change(item)
+            if rest is not item:
                 self._budget.release([item])
-                self.size += kept.size - item.size
-                if not kept.entries:
+                self.size -= _size(item)
+                if rest is None:
                     continue
-                self._budget.hold(kept)
-                item = kept
-            self._items.append(item)
+                self.size += _size(rest)
+                if isinstance(rest, EncodedMessages):
+                    self._budget.hold(rest)
+                else:
+                    self._budget.replies += _size(rest)
+            self._items.append(rest)
             self._pinned += index < fixed
         self._budget.pin(self._items[: self._pinned])
+
+    def lowest_seq(self) -> int | None:
+        """Return the lowest seq of a message in the log that waits here; None without one."""
+        seqs = [seq for item in self._items if type(item) is not bytes and (seq := _lowest_seq(item))]
+        return min(seqs, default=None)
+
+    def erase(self, seqs: Collection[int], remainders: dict[EncodedMessages, EncodedMessages | None]) -> None:
+        """Drop the messages with these seqs, also pinned ones.
+
+        `remainders` is shared by all send queues, so that they go on sharing what is left of the messages they share.
+        """
+
+        def without(item: QueueItem) -> QueueItem | None:
+            if isinstance(item, EncodedMessages):
+                if item not in remainders:
+                    remainders[item] = item.select(lambda entry: entry.seq not in seqs)
+                return remainders[item]
+            if isinstance(item, HistoryLine) and not set(item.seqs).isdisjoint(seqs):
+                return item.instead
+            return item
+
+        self._rebuild(without)
 
     def _drop(self, start: int, patterns: Collection[str] | None) -> dict[str, int]:
         """Drop messages of some or all patterns from an item on, and the lines that would count them as delivered."""
@@ -451,8 +471,17 @@ def size_of_replies(items: Sequence[QueueItem]) -> int:
     return sum([_size(item) for item in items if isinstance(item, bytes)])
 
 
+def _lowest_seq(item: QueueItem) -> int:
+    """Return the lowest seq of an item with messages of the log; 0 without one."""
+    if isinstance(item, EncodedMessages):
+        return item.entries[0].seq
+    return min(item.seqs, default=0) if isinstance(item, HistoryLine) else 0
+
+
 def _size(item: QueueItem) -> int:
     """Return the size of an item: of messages the size of their lines, of other lines their memory."""
     if isinstance(item, EncodedMessages):
         return item.size
+    if isinstance(item, HistoryLine):
+        return len(item) + SUBSCRIPTION_LINE_BYTES + len(item.seqs) * item.seqs.itemsize + len(item.instead)
     return len(item) + (SUBSCRIPTION_LINE_BYTES if isinstance(item, SubscriptionLine) else REPLY_BYTES)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable, Collection, Hashable, Sequence
 from enum import Enum, auto
 from operator import attrgetter
@@ -9,7 +10,8 @@ from operator import attrgetter
 from ..log import Entry
 from ..protocol.server_sent_events import encode_reply
 from ..protocol.wire_messages import Gap, Live, ProtocolVersion
-from .send_queue import EncodedMessages, SendQueue, SubscriptionLine
+from .reply_lines import SubscriptionLine
+from .send_queue import EncodedMessages, SendQueue
 from .topic_tree import Group, TopicTree
 
 PAGE_ROWS = 4000
@@ -54,12 +56,19 @@ class Subscription:
         "send_datagram",
         "send_queue",
         "state",
+        "taken",
     )
 
     def __init__(
-        self, send_queue: SendQueue, producer: bytes = b"", send_datagram: Callable[[bytes], bool] | None = None
+        self,
+        send_queue: SendQueue,
+        producer: bytes = b"",
+        send_datagram: Callable[[bytes], bool] | None = None,
+        taken: deque[Entry] | None = None,
     ) -> None:
         self.send_queue = send_queue
+        self.taken = taken
+        """Messages that were taken from the send queue and not handed on, of a subscription in this process."""
         self.producer = producer
         self.send_datagram = send_datagram
         """Sends an ephemeral message as a datagram, past the send queue. Returns False for one that does not fit."""

@@ -88,6 +88,10 @@ class TopicTree(Generic[T]):
             self._forget(pattern)
         return True
 
+    def forget_channels(self) -> None:
+        """Forget the channels that were looked up."""
+        self._cache.clear()
+
     def match(self, channel: str) -> tuple[Group[T], ...]:
         """Return the groups whose pattern matches a valid channel, the widest pattern first. None of them is empty."""
         found = self._cache.get(channel)

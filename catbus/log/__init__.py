@@ -18,6 +18,7 @@ from .interface import (
     Outcome,
     Rejected,
     Resumption,
+    erased,
     rejection_of,
 )
 from .recent_messages import RecentMessages
@@ -38,5 +39,6 @@ __all__ = [
     "RecentMessages",
     "Rejected",
     "Resumption",
+    "erased",
     "rejection_of",
 ]

@@ -10,6 +10,7 @@ from typing import Any
 
 import trio
 
+from ..protocol.channels import ERASED, matches
 from .append_queue import AppendQueue
 from .interface import (
     CONFLICT,
@@ -59,6 +60,7 @@ class MemoryLog:
         self._at = 0
         self._epoch = ""
         self._pending = AppendQueue(pending, pending_bytes)
+        self._follower: Follower | None = None
         self._work = trio.Event()
         self._open = trio.Event()
         self._running = False
@@ -123,6 +125,25 @@ class MemoryLog:
             found += more
         return found[:limit][::-1], len(found) > limit
 
+    async def erase(self, pattern: str, *, sender: str | None = None, before: int | None = None) -> int:
+        """As in `Log`. It never fails, and is complete as soon as it begins; then it waits for the follower."""
+        await trio.lowlevel.checkpoint()
+        page = self._recent.since(self.floor - 1, len(self._recent), self._recent.size)
+        assert page is not None
+        seqs = {
+            entry.seq
+            for entry in page.entries
+            if matches(pattern, entry.channel)
+            and (sender is None or entry.sender == sender)
+            and (before is None or entry.at < before)
+        }
+        if seqs and self._follower is not None:
+            self._follower.begin_erasure()
+            self._recent.erase(seqs)
+            for _ in self._follower.erase(seqs):
+                await trio.lowlevel.checkpoint()
+        return len(seqs)
+
     def resume(self, since: int, epoch: str | None) -> Resumption:
         if epoch is None or epoch == self._epoch:
             return Resumption(since)
@@ -142,6 +163,7 @@ class MemoryLog:
         task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED,
     ) -> None:
         self._stopped, self._running = False, True
+        self._follower = follower
         self._epoch = self._epoch or secrets.token_hex(8)
         follower.restart(self.applied)
         self._open.set()
@@ -180,7 +202,7 @@ class MemoryLog:
             seq = self._seqs.get(key)
             if seq is not None:
                 known = self._recent[seq] if seq <= self.applied else entries[seq - self.applied - 1]
-                same = known.channel == append.channel and known.payload == append.payload
+                same = known.channel == ERASED or (known.channel, known.payload) == (append.channel, append.payload)
                 return Committed(seq, duplicate=True) if same else CONFLICT
             if append.after is not None and append.after < self.floor - 1:
                 return UNDECIDED

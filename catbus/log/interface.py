@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Callable, Collection, Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -10,6 +10,7 @@ import trio
 from msgspec import Struct
 
 from ..error_codes import ErrorCode
+from ..protocol.channels import ERASED
 
 # Ten thousand entries and outcomes are made per second. A Struct is made in a tenth of a dataclass's time, and
 # `gc=False` keeps the hundred thousand entries in memory away from the garbage collector.
@@ -31,6 +32,11 @@ class Entry(Struct, frozen=True, gc=False):
         """Bytes of its texts."""
         sender = self.sender
         return len(self.channel) + len(self.payload) + (0 if sender is None else len(sender))
+
+
+def erased(entry: Entry) -> Entry:
+    """The entry without its contents. It keeps its seq and its time, and has no channel that anybody publishes to."""
+    return Entry(entry.seq, entry.at, ERASED, b"null")
 
 
 class Committed(Struct, frozen=True, gc=False):
@@ -144,6 +150,18 @@ class Follower(Protocol):
     def broadcast(self, entry: Entry) -> None:
         """Take an ephemeral message of another replica. It is not part of the log, and its seq is 0."""
 
+    def begin_erasure(self) -> int | None:
+        """Use no page of the log that was read before this call: entries of it were erased.
+
+        Returns the lowest seq of the messages that wait to be sent; None if there are none.
+        """
+
+    def erase(self, seqs: Collection[int]) -> Iterator[None]:
+        """Drop these messages wherever they wait, in steps between which anything else may happen.
+
+        The pages that were read before the first step are not used any more.
+        """
+
 
 class Log(Protocol):
     """An append-only log that many replicas may share. Belongs to one Trio thread."""
@@ -199,6 +217,13 @@ class Log(Protocol):
 
     async def history(self, pattern: str, *, before: int | None, limit: int) -> tuple[Sequence[Entry], bool]:
         """Read the newest `limit` matches below `before`, oldest first; return also whether there are older ones."""
+
+    async def erase(self, pattern: str, *, sender: str | None = None, before: int | None = None) -> int:
+        """Erase the contents of messages that match, and return the number of these messages. Their seqs stay.
+
+        `sender` and `before` (milliseconds since 1970) restrict it to messages of that sender, and to older ones.
+        Raises `Unavailable`; then, and when it is cancelled, a part of them may be erased.
+        """
 
     def resume(self, since: int, epoch: str | None) -> Resumption:
         """The cursor, in the present epoch, of a subscription that was complete up to `since` in `epoch`."""

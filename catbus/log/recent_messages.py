@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 from ..protocol.channels import matches
-from .interface import Entry, LogPage
+from .interface import Entry, LogPage, erased
 
 ENTRY_OVERHEAD = 256
 """Bytes of memory of an entry besides its texts, roughly."""
@@ -94,6 +94,15 @@ class RecentMessages:
                 found.append(entry)
             seq -= 1
         return found, seq
+
+    def erase(self, seqs: Collection[int]) -> None:
+        """Replace the entries with these seqs, as far as they are here, by erased ones."""
+        offset = self._start - self.first
+        for seq in seqs:
+            if self.first <= seq <= self.last:
+                entry = self._entries[offset + seq]
+                rest = self._entries[offset + seq] = erased(entry)
+                self.size += rest.size - entry.size
 
     def forget(self, last: int) -> None:
         """Drop the entries up to `last`, if there are any."""

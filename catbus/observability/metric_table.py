@@ -327,6 +327,16 @@ SECTIONS: dict[str, tuple[MetricDeclaration, ...]] = {
             "Messages deleted from the log by hand and not repaired.",
             of_postgres(lambda log: log.missing),
         ),
+        counter(
+            "catbus_log_erasures_total",
+            "Erasures after which this replica has searched its memory for erased messages.",
+            of_postgres(lambda log: log.erasures),
+        ),
+        gauge(
+            "catbus_log_unvacuumed_tables",
+            "Tables whose files still contain old rows of erased messages.",
+            of_postgres(lambda log: log.unvacuumed),
+        ),
         gauge(
             "catbus_log_size_bytes",
             "Size of the log's tables with their indexes.",

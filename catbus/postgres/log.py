@@ -22,9 +22,11 @@ from .ephemeral.ephemeral_relay import EphemeralRelay
 from .follow.log_reader import LogReader, read_error
 from .follow.log_tail import LogTail
 from .listen.notification_listener import NotificationListener
+from .maintenance.erasure import Selection, erase_messages
 from .maintenance.heartbeat import Heartbeat
 from .maintenance.log_retention import LogRetention
 from .maintenance.schedule import MaintenanceSchedule
+from .maintenance.vacuum import Vacuum
 from .outbox_relay import OutboxRelay
 from .roles.role_changes import RoleChanges
 from .roles.role_lookup import RoleLookup
@@ -67,6 +69,10 @@ class PostgresStatistics:
     """The newest seq that is known to be committed."""
     missing: int
     """How many messages are missing in the log because somebody deleted them by hand."""
+    erasures: int
+    """How often messages were erased that this replica might have in memory."""
+    unvacuumed: int
+    """Tables that have old rows of erased messages, at the last check."""
     looks: int
     """How often the outbox was polled."""
     reads: int
@@ -138,7 +144,8 @@ class PostgresLog:
         self._history_reader = LogReader(self._connect)
         self._heartbeat = Heartbeat()
         self._retention = LogRetention(retention or RetentionSettings())
-        self._maintenance = MaintenanceSchedule(self._connect, self._retention, self._heartbeat)
+        self._vacuum = Vacuum()
+        self._maintenance = MaintenanceSchedule(self._connect, self._retention, self._heartbeat, self._vacuum)
         self._writer = LogWriter(
             self._connect_verified,
             self._tail,
@@ -214,7 +221,20 @@ class PostgresLog:
         found, rest = self._tail.recent.search(pattern, newest, self.floor, limit + 1)
         if len(found) > limit or (self.epoch and rest < self.floor):
             return found[:limit][::-1], len(found) > limit
-        return await self._history_reader.history(pattern, newest + 1, limit)
+        generation = self._tail.generation
+        entries, more = await self._history_reader.history(pattern, newest + 1, limit)
+        while entries and generation != self._tail.generation:
+            # Some of them may have been erased after they were read.
+            generation = self._tail.generation
+            entries = await self._history_reader.without_erased(entries)
+        return entries, more
+
+    async def erase(self, pattern: str, *, sender: str | None = None, before: int | None = None) -> int:
+        try:
+            with await self._connect() as connection:
+                return await erase_messages(connection, Selection(pattern, sender, before), apply=True)
+        except DATABASE_ERRORS as error:
+            raise Unavailable(f"not all of it may be erased ({type(error).__name__})") from error
 
     def resume(self, since: int, epoch: str | None) -> Resumption:
         listener = self._listener
@@ -279,6 +299,8 @@ class PostgresLog:
             polling=listener.polling_interval.polling,
             announced=tail.announced,
             missing=listener.deleted_ranges.report.missing,
+            erasures=listener.erasures,
+            unvacuumed=self._vacuum.due,
             looks=self._outbox_relay.looks,
             reads=self._reader.reads + self._history_reader.reads,
             floor=self.floor,

@@ -17,6 +17,9 @@ from ..errors import PeerError
 MAX_LENGTH = 255
 """Bytes that a channel or a pattern may have."""
 
+ERASED = "_erased"
+"""The channel of messages whose contents were erased."""
+
 MAX_SEGMENTS = 32
 """Segments that a channel or a pattern may have; the `*` of a pattern is one."""
 

@@ -456,6 +456,7 @@ class SessionDriver:
             return
         kept = newest_that_fit(entries)
         self.session.send_history(request, kept, more or len(kept) < len(entries))
+        self._services.delivery.note_history(self.send_queue)
 
 
 def client_limits(limits: LimitSettings) -> dict[str, int]:

@@ -18,7 +18,8 @@ from msgspec import Raw
 
 from ..auth.grants import Grants, Identity
 from ..close_codes import CloseCode
-from ..delivery.send_queue import HeadLine, SendQueue
+from ..delivery.reply_lines import HeadLine, HistoryLine
+from ..delivery.send_queue import SendQueue
 from ..delivery.subscription import Subscription
 from ..error_codes import RETRYABLE, ErrorCode
 from ..errors import PeerError
@@ -252,7 +253,11 @@ class Session:
         messages = [
             wire.ChannelMessage(e.channel, Raw(e.payload), request.pattern, e.seq, e.at, e.sender) for e in entries
         ]
-        self.send(wire.HistoryPage(messages, more, request.id))
+        page = wire.encode(wire.HistoryPage(messages, more, request.id), self.protocol)
+        erased = PeerError(ErrorCode.UNAVAILABLE, "messages of this page were erased just now: request it again")
+        instead = wire.encode(error_reply(request, erased), self.protocol)
+        if page is not None and instead is not None:
+            self.send_queue.put(HistoryLine(page, [e.seq for e in entries], instead))
 
     def reject_request(self, request: wire.History | wire.Subscribe, error: PeerError) -> None:
         """Send the error reply to a request."""

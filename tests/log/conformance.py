@@ -10,8 +10,8 @@ import pytest
 import trio
 
 from catbus.error_codes import ErrorCode
-from catbus.log import EPHEMERAL_SIZE, Append, Committed, Entry, Log, Rejected
-from tests.log.harness import TEST_TIMEOUT, Publisher, RecordingFollower, read_all, running
+from catbus.log import EPHEMERAL_SIZE, Append, Committed, Entry, Log, Rejected, erased
+from tests.log.harness import TEST_TIMEOUT, Publisher, RecordingFollower, read_all, running, wait_read
 
 MakeLog = Callable[..., Log]
 """Makes a log from the optional arguments `recent` (bytes in memory) and `pending` (messages that may wait)."""
@@ -116,6 +116,27 @@ class ReadConformance:
             entries, _ = await log.history("my_project.*", before=None, limit=10)
             assert [entry.channel for entry in entries] == ["my_project.x"]
 
+    async def test_erased_message_keeps_its_seq_and_its_time_and_nothing_else(self, make_log: MakeLog) -> None:
+        log = make_log()
+        async with running(log) as (follower, publisher):
+            for channel, sender in (("e.x", "alice"), ("e.y", "bob"), ("f", "alice"), ("e.z", "alice")):
+                await publisher.publish_seq(channel, b"1", sender=sender)
+            before = await read_all(log)
+            assert await log.erase("e.*", sender="alice") == 2
+            await wait_read(log, [erased(before[0]), *before[1:3], erased(before[3])])
+            assert erased(before[0]) == Entry(1, before[0].at, "_erased", b"null")
+            for pattern, seqs in (("*", [2, 3]), ("e.*", [2]), ("e.x", []), ("f", [3])):
+                entries, more = await log.history(pattern, before=None, limit=2)
+                assert ([entry.seq for entry in entries], more) == (seqs, False), pattern
+            assert await log.erase("e.*", sender="alice") == 0
+            assert await log.erase("*", before=before[0].at) == 0
+            assert await log.erase("*", before=before[3].at + 1) == 2
+            await wait_read(log, [*map(erased, before)])
+            # Now the newest messages are erased, and the log goes on.
+            assert await publisher.publish_seq("e.x", b"5") == 5
+            await follower.wait_for(5)
+            assert len(follower.restarts) == 1
+
 
 class LogConformance(ReadConformance):
     """Tests of a whole log."""
@@ -187,6 +208,17 @@ class LogConformance(ReadConformance):
             assert other == Committed(first + 1)
             await follower.wait_for(2)
             assert len(follower.entries) == 2
+
+    async def test_retry_of_an_erased_publish_is_a_duplicate(self, make_log: MakeLog) -> None:
+        log = make_log()
+        async with running(log) as (follower, publisher):
+            seq = await publisher.publish_seq("a.b", b"1", producer=ALICE, number=1)
+            assert await log.erase("a.b") == 1
+            await follower.wait_until(lambda self: self.erased == {seq})
+            for payload in (b"1", b"2"):
+                retry = await publisher.publish("a.b", payload, producer=ALICE, number=1, after=0)
+                assert retry == Committed(seq, duplicate=True)
+            assert await publisher.publish_seq("a.b", b"1", producer=ALICE, number=2) == seq + 1
 
     async def test_key_submitted_twice_at_once_is_in_the_log_once(self, make_log: MakeLog) -> None:
         async with running(make_log()) as (follower, publisher):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Collection, Iterator, Sequence
 from contextlib import asynccontextmanager
 from typing import Any
 
@@ -22,6 +22,7 @@ class RecordingFollower:
         self.messages: list[Entry] = []
         """The ephemeral messages."""
         self.restarts: list[int] = []
+        self.erased: set[int] = set()
         self.applied: int | None = None
         self._changed = trio.Event()
 
@@ -43,6 +44,14 @@ class RecordingFollower:
         assert entry.seq == 0, "an ephemeral message has no place in the log"
         self.messages.append(entry)
         self._wake()
+
+    def begin_erasure(self) -> int | None:
+        return None
+
+    def erase(self, seqs: Collection[int]) -> Iterator[None]:
+        self.erased.update(seqs)
+        self._wake()
+        yield
 
     def _wake(self) -> None:
         self._changed.set()
@@ -125,3 +134,10 @@ async def read_all(log: Log, after: int = 0, **limits: int) -> list[Entry]:
         entries.extend(page.entries)
         after = page.last
     return entries
+
+
+async def wait_read(log: Log, expected: Sequence[Entry]) -> None:
+    """Wait until the log reads as expected: other replicas apply an erasure after its commit."""
+    with trio.fail_after(TEST_TIMEOUT):
+        while await read_all(log) != list(expected):
+            await trio.sleep(0.01)

@@ -122,3 +122,25 @@ def test_waiting_entries_are_dropped_when_the_log_is_not_trusted() -> None:
     tail.fill(LogPage(0, 1, stretch(1, 1)), tail.generation)
     assert follower.texts == ["1"]
     assert tail.missing() == (1, 3)
+
+
+def test_nothing_that_was_sent_or_read_before_an_erasure_is_applied_after_it() -> None:
+    tail, follower = open_tail()
+    tail.offer(stretch(1, 3))
+    tail.offer(stretch(7, 8))
+    generation = tail.generation
+    assert tail.begin_erasure(10) == 1
+    # Neither a notification that waited, nor one that comes later, nor a page, nor the reply to an append.
+    tail.offer(stretch(9, 10))
+    tail.offer(stretch(4, 6))
+    tail.fill(LogPage(3, 6, stretch(4, 6)), generation)
+    assert follower.applied == 3
+    assert tail.generation != generation
+    assert tail.missing() == (3, 10)
+    tail.fill(LogPage(3, 10, stretch(4, 10)), tail.generation)
+    assert follower.applied == 10
+    for _ in tail.erase({2, 5}):
+        assert [tail.recent[seq].channel for seq in (1, 2, 5, 6)] == ["a", "_erased", "_erased", "a"]
+    assert follower.erased == {2, 5}
+    tail.offer(stretch(11, 12))
+    assert follower.applied == 12

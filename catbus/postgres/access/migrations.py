@@ -106,6 +106,15 @@ async def migrate(connection: DatabaseConnection) -> list[str]:
     return names
 
 
+async def check_version(connection: DatabaseConnection) -> None:
+    """Raise `ConfigError` unless the schema has the version of this release."""
+    (version,) = await connection.fetchrow("SELECT version FROM catbus.schema_version")
+    newest = schema_files()[-1][0]
+    if version != newest:
+        what = "`catbus init` brings it there" if version < newest else "use a newer release"
+        raise ConfigError(f"the schema has version {version}, and this release needs {newest}: {what}")
+
+
 async def _version(connection: DatabaseConnection, newest: int) -> int:
     """The number of the newest file that was applied; 0 for none."""
     (prepared,) = await connection.fetchrow(_HAS_SCHEMA)

@@ -6,6 +6,7 @@ from collections.abc import Awaitable, Callable, Sequence
 from hashlib import sha256
 
 from ...log import Entry, RecentMessages
+from ...protocol.channels import ERASED
 
 KEPT_FINGERPRINTS = 1024
 """How many fingerprints are kept, beside the entries in memory."""
@@ -57,7 +58,7 @@ class Fingerprints:
             else:
                 seq = first + middle - len(old)
                 known = fingerprint(recent[seq])
-            if await fetch(seq) == known:
+            if same_entry(known, await fetch(seq)):
                 agreed, low = seq, middle + 1
             else:
                 high = middle
@@ -66,4 +67,15 @@ class Fingerprints:
 
 def fingerprint(entry: Entry) -> bytes:
     """The fingerprint of an entry, equal to that of the SQL function `catbus.fingerprint`."""
-    return sha256(f"{entry.at} {entry.channel} ".encode() + entry.payload.strip(b" \t\r\n")).digest()
+    at = entry.at.to_bytes(8, "big")
+    if entry.channel == ERASED:
+        return at
+    return sha256(f"{entry.at} {entry.channel} ".encode() + entry.payload.strip(b" \t\r\n")).digest() + at
+
+
+def same_entry(known: bytes | None, found: bytes | None) -> bool:
+    """Whether the entry with the fingerprint `known` can have the fingerprint `found` now: it may have been erased.
+
+    The fingerprint of an erased entry is the end of its former one: the time. Both are None if the entry is gone.
+    """
+    return known == found if known is None or found is None else known.endswith(found)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 
 from ...errors import Unavailable
 from ...log import Entry, LogPage
@@ -38,6 +38,7 @@ ORDER BY seq
 """
 
 _POSITION = "SELECT head, floor FROM catbus.position()"
+_ERASED_SEQS = "SELECT catbus.erased_seqs($1, $2)"
 _RECORD_DELETED_RANGE = "SELECT first, last, repaired FROM catbus.record_deleted_range($1)"
 
 _HISTORY = """
@@ -134,6 +135,15 @@ class LogReader:
             entries += some
             size += sum([entry.size for entry in some])
         return entries[:limit][::-1], more or len(entries) > limit
+
+    async def without_erased(self, entries: Sequence[Entry]) -> list[Entry]:
+        """The entries, in order, that are not erased now. Raises `Unavailable`."""
+        try:
+            ((seqs,),) = await self._connection.fetch(_ERASED_SEQS, entries[0].seq - 1, entries[-1].seq)
+        except DATABASE_ERRORS as error:
+            raise read_error(error) from error
+        erased = set(seqs)
+        return [entry for entry in entries if entry.seq not in erased]
 
 
 def read_error(error: BaseException) -> Unavailable:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Collection, Iterator, Sequence
 
 import trio
 
@@ -39,12 +39,14 @@ class LogTail:
         self.applied = 0
         self.floor = 1
         self.generation = 0
-        """Changes when another log, or another part of it, may have replaced what was applied."""
+        """Changes when another log, or another part of it, may have replaced what was applied, and with an erasure."""
         self.announced = 0
         """The newest seq that is known to be committed."""
         self.jumps = 0
         """How often entries had to be read, because later ones or only their position arrived."""
         self._expected = 0
+        self._read_until = 0
+        """Entries up to this seq are only applied if they were read from the table after the newest erasure."""
         self._waiting: deque[Sequence[Entry]] = deque()
         self._follower: Follower | None = None
         self._missing = trio.Event()
@@ -74,6 +76,7 @@ class LogTail:
         """
         self.epoch = epoch
         self.applied = self.announced = self._expected = applied
+        self._read_until = 0
         self.floor = floor
         self.generation += 1
         self._waiting.clear()
@@ -83,6 +86,25 @@ class LogTail:
             self._follower.restart(applied, lost)
         self._restarted.set()
         self._restarted = trio.Event()
+
+    def begin_erasure(self, head: int) -> int:
+        """Entries up to `head` were erased: apply nothing of them that was sent or read before this call.
+
+        Returns the lowest seq that is in memory, or the next one to be applied.
+        """
+        assert self._follower is not None
+        self.generation += 1
+        self._waiting.clear()
+        self._read_until = head
+        waiting = self._follower.begin_erasure()
+        self._request_missing()
+        return self.recent.first if waiting is None else min(waiting, self.recent.first)
+
+    def erase(self, seqs: Collection[int]) -> Iterator[None]:
+        """Erase these entries from memory, in steps."""
+        assert self._follower is not None
+        self.recent.erase(seqs)
+        yield from self._follower.erase(seqs)
 
     async def wait_epoch(self, other_than: str = "") -> None:
         """Wait until the log is open in another epoch than this one."""
@@ -116,6 +138,12 @@ class LogTail:
 
     def offer(self, entries: Sequence[Entry]) -> None:
         """Accept consecutive entries: they are applied if they continue the log, and wait otherwise."""
+        if entries[0].seq <= self._read_until:
+            self.announce(entries[-1].seq)
+        else:
+            self._accept(entries)
+
+    def _accept(self, entries: Sequence[Entry]) -> None:
         last = entries[-1].seq
         if last <= self.applied:
             return
@@ -143,7 +171,7 @@ class LogTail:
             self.restart(self.epoch, page.after, floor, page.lost)
             self.announced = max(announced, page.after)
         if page.entries:
-            self.offer(page.entries)
+            self._accept(page.entries)
         elif page.last <= self.applied:
             self.announced = self.applied  # the announced entries are gone: the log was set back
 

@@ -17,6 +17,7 @@ from ..append.append_batch import decode_enclosed
 from ..ephemeral.ephemeral_relay import EphemeralRelay
 from ..follow.deleted_ranges import DeletedRanges
 from ..follow.epoch_history import EpochHistory
+from ..follow.fingerprints import same_entry
 from ..follow.log_tail import LogTail
 from ..notifications.encryption import (
     EPHEMERAL_CHANNEL,
@@ -47,9 +48,11 @@ _STANDBY = "SELECT pg_is_in_recovery()"
 _READ_SECRET = "SELECT h.notification_secret FROM catbus.head AS h"
 _POLL = (
     "SELECT epoch, head, floor, fingerprint, standby, same_system, same_timeline, role_version, "
-    "deleted_ranges_version, pg_postmaster_start_time(), extract(epoch FROM clock_timestamp())::double precision "
+    "deleted_ranges_version, erasure, pg_postmaster_start_time(), "
+    "extract(epoch FROM clock_timestamp())::double precision "
     "FROM catbus.poll($1)"
 )
+_ERASED_SEQS = "SELECT catbus.erased_seqs($1, $2)"
 _FINGERPRINT = "SELECT catbus.fingerprint($1)"
 _NEW_EPOCH = "CALL catbus.new_epoch_transaction($1, $2, NULL, NULL, NULL)"
 _KEEP_EPOCH = "SELECT catbus.keep_epoch($1)"
@@ -71,6 +74,7 @@ class _PollResult(NamedTuple):
     same_timeline: bool | None
     role_version: str
     deleted_ranges_version: int | None
+    erasure: int
     server: object
     clock: float
     """The database's time in seconds since 1970."""
@@ -100,6 +104,8 @@ class NotificationListener:
         self.dropped = 0
         """Notifications that were dropped because too many waited."""
         self.polls = 0
+        self.erasures = 0
+        """How often messages were erased that this replica might have in memory."""
         self.polling_interval = PollingInterval()
         self.forged = ForgedNotifications()
         self._connect = connect
@@ -118,6 +124,9 @@ class NotificationListener:
         self._questioned = 0.0
         self._database_time = 0.0
         """The database's time at the last poll, in seconds since 1970."""
+        self._erasure: tuple[str, int] | None = None
+        """The newest erasure that is applied to the memory of this replica, and its epoch; None before the first poll.
+        """
         self._standby = False
         self._polling = False
         self._listening = False
@@ -342,6 +351,7 @@ class NotificationListener:
                 if await self.deleted_ranges.update(connection, result.deleted_ranges_version, result.floor):
                     # Repaired ranges are gaps for all subscriptions, even if their entries are still in memory.
                     tail.recent.forget(min(self.deleted_ranges.report.repaired, tail.applied))
+                await self._apply_erasure(connection, result)
                 if not tail.trusted:
                     tail.trust()
                 self._verified_poll = number
@@ -350,6 +360,17 @@ class NotificationListener:
                 return result.head
             tail.distrust()
         raise OSError("the log has changed again and again")
+
+    async def _apply_erasure(self, connection: DatabaseConnection, result: _PollResult) -> None:
+        """Erase from memory what was erased from the log since the last poll."""
+        newest = result.epoch, result.erasure
+        if self._erasure is not None and self._erasure != newest:
+            self.erasures += 1
+            lowest = self._tail.begin_erasure(result.head)
+            (seqs,) = await connection.fetchrow(_ERASED_SEQS, lowest - 1, result.head, timeout=POLL_TIMEOUT)
+            for _ in self._tail.erase(frozenset(seqs)):
+                await trio.lowlevel.checkpoint()
+        self._erasure = newest
 
     async def _is_followed(
         self, connection: DatabaseConnection, result: _PollResult, applied: int, fingerprint: bytes | None
@@ -360,7 +381,7 @@ class NotificationListener:
         """
         tail = self._tail
         # If retention has removed the entry, the floor shows it.
-        intact = applied < result.floor or (applied <= result.head and result.fingerprint == fingerprint)
+        intact = applied < result.floor or (applied <= result.head and same_entry(fingerprint, result.fingerprint))
         compared = applied if intact else await self._common_seq(connection, result)
         known = compared or 0
         if not (result.same_system and result.same_timeline):

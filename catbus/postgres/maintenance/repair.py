@@ -5,9 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 from ...config import DatabaseSettings
-from ...errors import ConfigError
 from ..access.asyncpg_bridge import DatabaseConnection
-from ..access.migrations import open_connection, schema_files
+from ..access.migrations import check_version, open_connection
 
 SCANNED_SEQS = 100_000
 """Seqs that one statement searches, which takes about 30 ms with the index."""
@@ -15,7 +14,6 @@ REPAIRED_RANGES = 500
 """Ranges that one transaction repairs. No replica can append meanwhile."""
 SCAN_TIMEOUT = 60.0
 
-_VERSION = "SELECT version FROM catbus.schema_version"
 _POSITION = "SELECT head, floor FROM catbus.position()"
 _LIST = "SELECT first, last FROM catbus.list_deleted_ranges($1, $2)"
 # A database may have another isolation level by default.
@@ -38,7 +36,7 @@ async def repair(
     interrupted and repeated at any moment, while replicas run. Raises as `migrations.init` does.
     """
     async with open_connection(settings) as connection:
-        await _check_version(connection)
+        await check_version(connection)
         bounds, ranges = await find_deleted_ranges(connection, report_position)
         for start in range(0, len(ranges) if apply else 0, REPAIRED_RANGES):
             await _repair(connection, ranges[start : start + REPAIRED_RANGES])
@@ -67,11 +65,3 @@ async def find_deleted_ranges(
 async def _repair(connection: DatabaseConnection, ranges: Sequence[DeletedRange]) -> None:
     firsts, lasts = (",".join(map(str, ends)) for ends in zip(*ranges, strict=True))
     await connection.execute(_REPAIR.format(firsts=firsts, lasts=lasts), timeout=SCAN_TIMEOUT)
-
-
-async def _check_version(connection: DatabaseConnection) -> None:
-    (version,) = await connection.fetchrow(_VERSION)
-    newest = schema_files()[-1][0]
-    if version != newest:
-        what = "`catbus init` brings it there" if version < newest else "use a newer release"
-        raise ConfigError(f"the schema has version {version}, and this release needs {newest}: {what}")

@@ -1,4 +1,4 @@
-"""The maintenance task of a replica: retention and heartbeats."""
+"""The maintenance task of a replica: retention, heartbeats, and VACUUM after an erasure."""
 
 from __future__ import annotations
 
@@ -12,23 +12,30 @@ from ..access.asyncpg_bridge import DatabaseConnection
 from ..access.reconnecting_tasks import ReportProgress
 from .heartbeat import Heartbeat
 from .log_retention import LogRetention
+from .vacuum import Vacuum
 
 
 class MaintenanceSchedule:
-    """Runs both on one connection, one after the other: neither is urgent, and connections are scarce."""
+    """Runs all of it on one connection, one after the other: nothing of it is urgent, and connections are scarce."""
 
     def __init__(
-        self, connect: Callable[[], Awaitable[DatabaseConnection]], retention: LogRetention, heartbeat: Heartbeat
+        self,
+        connect: Callable[[], Awaitable[DatabaseConnection]],
+        retention: LogRetention,
+        heartbeat: Heartbeat,
+        vacuum: Vacuum,
     ) -> None:
         self._connect = connect
         self._retention = retention
         self._heartbeat = heartbeat
+        self._vacuum = vacuum
 
     async def run(self, describe: Callable[[], Mapping[str, Any]], report_progress: ReportProgress) -> None:
         """Run until the connection is lost. `describe` returns the report for the heartbeats."""
         with await self._connect() as connection:
             while True:
                 await self._heartbeat.send(connection, describe)
+                await self._vacuum.run_if_due(connection)
                 interval = await self._retention.run_due_steps(connection)
                 report_progress()
                 # At different moments on different replicas.

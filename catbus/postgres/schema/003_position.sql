@@ -18,15 +18,19 @@ BEGIN
 END
 $$;
 
--- The fingerprint of an entry, which identifies it without showing it; null for an entry that does not exist. A
--- notification loses white space around a payload, so the fingerprint leaves it out.
+-- The fingerprint of an entry, which identifies it without showing it: a hash, and the time. Of an erased entry, whose
+-- contents are gone, it is the time alone. Null for an entry that does not exist. A notification loses white space
+-- around a payload, so the fingerprint leaves it out.
 CREATE FUNCTION catbus.fingerprint(seq bigint) RETURNS bytea
 LANGUAGE plpgsql
 AS $$
 DECLARE
     found bytea;
 BEGIN
-    SELECT sha256(convert_to(format('%s %s %s', e.at, e.channel, btrim(e.payload, E' \t\r\n')), 'UTF8'))
+    SELECT CASE WHEN e.channel = '_erased' THEN int8send(e.at)
+                ELSE sha256(convert_to(format('%s %s %s', e.at, e.channel, btrim(e.payload, E' \t\r\n')), 'UTF8'))
+                     || int8send(e.at)
+           END
     INTO found FROM catbus.entries AS e WHERE e.seq = fingerprint.seq;
     RETURN found;
 END
@@ -41,14 +45,18 @@ $$;
 -- same_timeline           there was no failover since, and no restore to a point in time
 -- role_version            differs after every change of roles
 -- deleted_ranges_version  differs after every change of catbus.deleted_ranges; null while that is empty
+-- erasure                 the number of the newest erasure. All entries that it and earlier ones have erased are at or
+--                         below `head`
 CREATE FUNCTION catbus.poll(seq bigint) RETURNS TABLE (
     epoch text, head bigint, floor bigint, fingerprint bytea, standby boolean, same_system boolean,
-    same_timeline boolean, role_version text, deleted_ranges_version bigint
+    same_timeline boolean, role_version text, deleted_ranges_version bigint, erasure bigint
 )
 LANGUAGE plpgsql
 AS $$
 BEGIN
     standby := pg_is_in_recovery();
+    -- Before the head is read.
+    SELECT max(e.erasure) INTO STRICT erasure FROM catbus.erasures AS e;
     -- Before the floor is read: if retention removes the entry in between, the floor shows it.
     fingerprint := catbus.fingerprint(poll.seq);
     SELECT p.epoch, p.head, p.floor INTO epoch, head, floor FROM catbus.position() AS p;

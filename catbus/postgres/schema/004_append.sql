@@ -5,7 +5,7 @@
 --
 -- `enclosed` is the encrypted text of all entries. It is sent with the notification if all entries are new.
 --
--- seqs[i]  the entry's seq; below `first` when an earlier call has appended it already
+-- seqs[i]  the entry's seq; below `first` when an earlier call has appended it already, even if it was erased since
 --          0   the key exists, with another channel or payload: nothing was appended for it
 --          -1  retention or a deletion has passed afters[i], so nothing shows whether the key existed: nothing was
 --              appended for it
@@ -84,6 +84,7 @@ BEGIN
                        CASE WHEN e.seq IS NULL THEN
                                 CASE WHEN given.after < (SELECT catbus.unverifiable_below(head.floor, first))
                                      THEN -1 END
+                            WHEN e.channel = '_erased' THEN e.seq
                             WHEN e.channel = given.channel AND e.payload = given.payload THEN e.seq
                             ELSE 0
                        END AS known
