@@ -18,7 +18,7 @@ from .log_configuration import configure_logging
 from .log_redaction import redact_text
 
 COMMANDS = (
-    *("run", "check", "init", "repair", "grant", "token", "role", "revoke"),
+    *("run", "check", "init", "repair", "erase", "grant", "token", "role", "revoke"),
     *("status", "sessions", "channels", "disconnect", "pub", "sub", "fuzz"),
 )
 """The commands in the order of `--help`. Each is a module of `commands`, imported when it is used."""
