@@ -31,6 +31,7 @@ LENGTH = 20
 """Maximum number of operations of an episode."""
 PATTERNS = ("*", "a", "b.*")
 CHANNELS = ("a", "b.x", "b.y", "c")
+ERASED_PATTERNS = ("a", "b.*", "b.x", "*")
 PAUSES = (0.0, 0.001, 0.01, 0.1, 0.3, 0.6, 1.2, 2.5)
 POISON = "poison"
 """The database rejects payloads that contain this."""
@@ -56,6 +57,7 @@ _WEIGHTS = {
     "enter_standby": 1,
     "fail_over": 1,
     "begin_epoch": 1,
+    "erase": 2,
     "restart_replica": 1,
 }
 """Each operation and its weight. It takes two numbers: on which object or how, and how much."""
@@ -129,6 +131,12 @@ class Replica:
         self.delivery = CheckedDelivery(self.log, model, Budget(budget))
         self.scope = trio.CancelScope()
 
+    @property
+    def erasure(self) -> int:
+        """The number of the newest erasure that it has applied to its memory."""
+        known = self.log._listener._erasure
+        return 0 if known is None else known[1]
+
     async def run(self) -> None:
         with self.scope:
             async with trio.open_nursery() as nursery:
@@ -168,7 +176,8 @@ class CaseRunner:
         self.nursery = nursery
         self.replicas = [self.start(slot) for slot in range(REPLICAS)]
         self.clients = [
-            SimulatedClient(b"%d" % i, SimulatedSubscriber(PATTERNS[i % len(PATTERNS)]), model) for i in range(CLIENTS)
+            SimulatedClient(b"%d" % i, SimulatedSubscriber(PATTERNS[i % len(PATTERNS)], model=model), model)
+            for i in range(CLIENTS)
         ]
 
     # The database, provided by subclasses
@@ -289,6 +298,10 @@ class CaseRunner:
 
     def check(self) -> None:
         self.model.check()
+        for replica in self.replicas:
+            recent = replica.log._tail.recent
+            for seq in range(recent.first, recent.last + 1):
+                self.model.deliver(recent[seq].payload.decode(), replica.erasure)
         for client in self.clients:
             s = client.subscriber
             self.model.check_subscription(s.pattern, s.start, s.received, s.gaps, self.retention_end)
@@ -304,6 +317,8 @@ class CaseRunner:
             if not (log.available and (log.epoch, log.applied) == position[:2]):
                 yield f"{replica.url} is at {log.applied} of {log.epoch}, the database at {position}"
             self.model.expect(not log.statistics().failures, "a service has failed")
+            if replica.erasure < max(self.model.erasures.values(), default=0):
+                yield f"{replica.url} does not know of an erasure"
         for client in self.clients:
             if client.replica not in self.replicas or not client.subscriber.live:
                 yield f"{client.subscriber.pattern} is not live"

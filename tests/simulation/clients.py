@@ -24,6 +24,8 @@ class Replica(Protocol):
     def log(self) -> Log: ...
     @property
     def delivery(self) -> Delivery: ...
+    @property
+    def erasure(self) -> int: ...
 
 
 class NoFlush:
@@ -46,6 +48,7 @@ class SimulatedSubscriber:
     subscription: Subscription | None = None
     replica_epoch: str = ""
     """The epoch of the replica."""
+    model: LogModel = field(default_factory=LogModel)
 
     def connect(self, replica: Replica, *, anew: bool) -> None:
         delivery = replica.delivery
@@ -76,10 +79,13 @@ class SimulatedSubscriber:
             return
         for item in self.subscription.send_queue.take(most):
             if isinstance(item, EncodedMessages):
+                assert self.replica is not None
                 for entry in item.entries:
+                    self.model.deliver(entry.payload.decode(), self.replica.erasure)
                     assert entry.seq > self.cursor, f"{entry.seq} comes after {self.cursor}"
                     if self.pattern == "*":
-                        assert entry.seq == self.cursor + 1, f"{entry.seq} follows on {self.cursor} without a gap"
+                        missing = set(range(self.cursor + 1, entry.seq)) - self.model.erased_seqs
+                        assert not missing, f"{entry.seq} follows on {self.cursor} without a gap"
                     self.received[entry.seq] = entry.payload.decode()
                     self.cursor, self.epoch = entry.seq, self.replica_epoch
                 continue

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
-from catbus.protocol.channels import matches
+from catbus.protocol.channels import ERASED, matches
 
 
 class Row(NamedTuple):
@@ -36,6 +36,12 @@ class LogModel:
     committed_rows: set[Row] = field(default_factory=set)
     lost_texts: set[str] = field(default_factory=set)
     """Texts that the database lost when it was set back."""
+    erased: set[str] = field(default_factory=set)
+    """Texts that were ever erased. Nobody has to receive them."""
+    erased_seqs: set[int] = field(default_factory=set)
+    """Their seqs."""
+    erasures: dict[str, int] = field(default_factory=dict)
+    """Texts that are erased, and the number of the erasure."""
     follows: bool = True
     """Whether commits are reported at once. Otherwise the model looks for them, also before any is lost."""
     applied: set[Row] = field(default_factory=set)
@@ -60,11 +66,26 @@ class LogModel:
             self.log.append(row)
         self.committed_rows.update(rows)
 
-    def set_back(self, head: int, waiting: Sequence[str] = ()) -> None:
-        """The database has lost everything after `head`. `waiting`: texts that are in the outbox, still or again."""
+    def set_back(self, head: int, waiting: Sequence[str] = (), erasure: int | None = None) -> None:
+        """The database has lost everything after `head`. `waiting`: texts that are in the outbox, still or again.
+
+        `erasure`: the number of the newest erasure that it has not lost; None if it has lost none.
+        """
+        self.erasures = {t: n for t, n in self.erasures.items() if erasure is None or n <= erasure}
         self.lost_texts.update(row.text for row in self.log[head:])
         del self.log[head:]
         self.lost_texts |= self.published_by_sql - {row.text for row in self.log} - set(waiting)
+
+    def erase(self, seqs: Collection[int], number: int) -> None:
+        """The contents of messages were erased, by the erasure with this number."""
+        texts = [self.log[seq - 1].text for seq in seqs]
+        self.erased.update(texts)
+        self.erased_seqs.update(seqs)
+        self.erasures.update(dict.fromkeys(texts, number))
+
+    def deliver(self, text: str, known: int) -> None:
+        """A replica that has applied all erasures up to `known` delivers a message, or has it in memory."""
+        self.expect(self.erasures.get(text, known + 1) > known, f"{text!r} was erased, and the replica knows it")
 
     def acknowledge(self, text: str, seq: int) -> None:
         """A client is told that its message is in the log."""
@@ -85,8 +106,9 @@ class LogModel:
         self.expect(
             [row.seq for row in rows] == list(range(applied + 1, applied + 1 + len(rows))), f"{rows} after {applied}"
         )
-        self.expect(self.committed_rows.issuperset(rows) or not self.follows, f"{rows} was never committed")
-        self.applied.update(rows)
+        whole = [row for row in rows if row.channel != ERASED]
+        self.expect(self.committed_rows.issuperset(whole) or not self.follows, f"{whole} was never committed")
+        self.applied.update(whole)
 
     # What must hold after recovery
 
@@ -116,7 +138,8 @@ class LogModel:
         for row in self.log[start:]:
             # A subscription receives every matching message, or a gap that covers it.
             told = any(gap.first <= row.seq <= gap.last for gap in gaps)
-            self.expect(told or row.seq in received or not matches(pattern, row.channel), f"{row} is missing in {gaps}")
+            needed = row.text not in self.erased and matches(pattern, row.channel)
+            self.expect(told or row.seq in received or not needed, f"{row} is missing in {gaps}")
         for gap in gaps:
             # A gap with the reason `retention` covers only what retention has deleted.
             self.expect(

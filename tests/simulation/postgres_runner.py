@@ -16,7 +16,7 @@ from catbus.postgres.access.asyncpg_bridge import DatabaseConnection
 from tests.postgres.proxy import Proxy, open_proxy
 from tests.postgres.sql import open_sql
 
-from .case_runner import CHANNELS, PAUSES, POISON, REPLICAS, Case, CaseRunner, Position, PromiseBroken
+from .case_runner import CHANNELS, ERASED_PATTERNS, PAUSES, POISON, REPLICAS, Case, CaseRunner, Position, PromiseBroken
 from .log_model import LogModel, Row
 
 _BEGIN = "BEGIN; SELECT FROM catbus.head FOR UPDATE"
@@ -141,6 +141,19 @@ class PostgresRunner(CaseRunner):
         await self.sql.execute(f"DELETE FROM catbus.entries WHERE seq <= {self.retention_end}; COMMIT")
 
     request_retention = apply_retention
+
+    async def erase(self, a: int, b: int) -> None:
+        await self.sql.execute(_BEGIN)
+        await self.observe()
+        before = await self._erased_seqs()
+        await self.sql.fetch("SELECT catbus.erase($1)", ERASED_PATTERNS[a % 4])
+        (number,) = await self.sql.fetchrow("SELECT max(erasure) FROM catbus.erasures")
+        self.model.erase(await self._erased_seqs() - before, number)
+        await self.sql.execute("COMMIT")
+
+    async def _erased_seqs(self) -> set[int]:
+        (seqs,) = await self.sql.fetchrow("SELECT catbus.erased_seqs(0, $1)", len(self.model.log))
+        return set(seqs)
 
     async def begin_epoch(self, a: int, b: int) -> None:
         await self.sql.fetch("SELECT catbus.new_epoch((SELECT h.epoch FROM catbus.head AS h))")

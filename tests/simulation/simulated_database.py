@@ -20,8 +20,9 @@ from catbus.postgres.append import append_batch
 from catbus.postgres.ephemeral import ephemeral_relay
 from catbus.postgres.follow import fingerprints, log_reader
 from catbus.postgres.listen import notification_listener
-from catbus.postgres.maintenance import heartbeat, log_retention
-from catbus.postgres.notifications.encryption import LOG_CHANNEL, NotificationKeys
+from catbus.postgres.maintenance import heartbeat, log_retention, vacuum
+from catbus.postgres.notifications.encryption import LOG_CHANNEL, ROLES_CHANNEL, NotificationKeys
+from catbus.protocol.channels import ERASED, matches
 
 from .case_runner import POISON
 
@@ -56,6 +57,8 @@ class DatabaseState:
     epochs: tuple[tuple[str, int], ...] = (("e0", 0),)
     """The epochs, each with the seq after which it began."""
     outbox: tuple[tuple[str, str], ...] = ()
+    erasure: int = 0
+    """The number of the newest erasure."""
     epoch_timeline: int = 0
     """The timeline on which the present epoch began."""
 
@@ -101,6 +104,7 @@ class SimulatedDatabase:
         self._notify = notify
         self._names = count(1)
         self._timelines = count(1)
+        self._erasures = count(1)
 
     def execute(self, pid: int, query: str, args: Sequence[Any]) -> list[Row]:
         """Execute a statement in the process `pid` and return its rows. Raises the errors of the server."""
@@ -129,6 +133,21 @@ class SimulatedDatabase:
         del self.history[max(len(self.history) - commits, 1) :]
         self.state = self.history[-1]
         self.timeline = next(self._timelines) if moved else self.state.epoch_timeline
+
+    def erase(self, pattern: str) -> set[int]:
+        """Erase messages, and return their seqs. No number is used twice, not even after the database was set back."""
+        state = self.state
+        rows = [
+            row._replace(channel=ERASED, payload="null", sender=None, origin=None)
+            if matches(pattern, row.channel)
+            else row
+            for row in state.rows[state.floor - 1 :]
+        ]
+        seqs = {row.seq for row in state.rows[state.floor - 1 :] if matches(pattern, row.channel)}
+        if seqs:
+            self.commit(replace(state, rows=(*state.rows[: state.floor - 1], *rows), erasure=next(self._erasures)))
+            self._notify(0, ROLES_CHANNEL, KEYS.sign(ROLES_CHANNEL, "*"))
+        return seqs
 
     def begin_epoch(self) -> None:
         self._new_epoch(0, self.state.epoch, None)
@@ -160,7 +179,8 @@ class SimulatedDatabase:
                 raise SimulatedSqlError("22P02")
             known = self.look_up(producer, number)
             if known is not None:
-                seqs.append(known.seq if (known.channel, known.payload) == (channel, payload) else 0)
+                same = known.channel == ERASED or (known.channel, known.payload) == (channel, payload)
+                seqs.append(known.seq if same else 0)
             elif after is not None and after < state.floor - 1:
                 seqs.append(-1)
             else:
@@ -229,6 +249,7 @@ class SimulatedDatabase:
                 same,
                 "",
                 None,
+                state.erasure,
                 self.server,
                 self._clock(),
             )
@@ -237,6 +258,9 @@ class SimulatedDatabase:
     def fingerprint(self, seq: int) -> bytes | None:
         state = self.state
         return fingerprints.fingerprint(state.rows[seq - 1].entry) if state.floor <= seq <= state.head else None
+
+    def _erased_seqs(self, _: int, after: int, until: int) -> list[Row]:
+        return [([row.seq for row in self.state.rows[max(after, 0) : until] if row.channel == ERASED],)]
 
     def _fingerprint(self, _: int, seq: int) -> list[Row]:
         return [(self.fingerprint(seq),)]
@@ -302,6 +326,7 @@ _STATEMENTS: dict[str, Callable[..., list[Row]]] = {
     log_reader._RECORD_DELETED_RANGE: lambda *_: [],
     notification_listener._STANDBY: lambda self, _: [(self.standby,)],
     notification_listener._POLL: SimulatedDatabase._poll,
+    notification_listener._ERASED_SEQS: SimulatedDatabase._erased_seqs,
     notification_listener._FINGERPRINT: SimulatedDatabase._fingerprint,
     notification_listener._NEW_EPOCH: SimulatedDatabase._new_epoch,
     notification_listener._EPOCHS: SimulatedDatabase._epochs,
@@ -312,5 +337,6 @@ _STATEMENTS: dict[str, Callable[..., list[Row]]] = {
     log_retention._DUE: SimulatedDatabase._overdue,
     log_retention._STEP: SimulatedDatabase._retain,
     log_retention._BLOCKERS: lambda *_: [],
+    vacuum._DUE: lambda *_: [],
     heartbeat._HEARTBEAT: lambda _, __, own, report: [(own, 0.0, report, 0.0, 0)],
 }

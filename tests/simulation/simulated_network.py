@@ -32,7 +32,13 @@ _KIND = {
     notification_listener._POLL: "look",
     **dict.fromkeys((log_reader._PAGE, log_reader._POSITION), "page"),
     **dict.fromkeys(
-        (notification_listener._FINGERPRINT, notification_listener._EPOCHS, notification_listener._NEW_EPOCH), "epoch"
+        (
+            notification_listener._ERASED_SEQS,
+            notification_listener._FINGERPRINT,
+            notification_listener._EPOCHS,
+            notification_listener._NEW_EPOCH,
+        ),
+        "epoch",
     ),
 }
 

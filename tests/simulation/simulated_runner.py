@@ -19,7 +19,7 @@ from catbus.postgres.listen import notification_listener, polling_interval
 from catbus.postgres.maintenance import log_retention
 from catbus.testing.shrinking import minimize
 
-from .case_runner import CHANNELS, PAUSES, REPLICAS, Case, CaseRunner, Position, PromiseBroken
+from .case_runner import CHANNELS, ERASED_PATTERNS, PAUSES, REPLICAS, Case, CaseRunner, Position, PromiseBroken
 from .log_model import LogModel, Row
 from .simulated_database import StoredRow
 from .simulated_network import DISTURBANCES, KINDS, POOLED, Disturbance, SimulatedNetwork
@@ -106,7 +106,12 @@ class SimulatedRunner(CaseRunner):
         silent = self.case.silent and bool(b & 1)
         self.rotates = self.rotates and not silent
         self.database.set_back(a % 4 if silent or b & 6 else 0, moved=not silent)
-        self.model.set_back(self.database.state.head, [text for _, text in self.database.state.outbox])
+        state = self.database.state
+        self.model.set_back(state.head, [text for _, text in state.outbox], state.erasure)
+
+    def erase(self, a: int, b: int) -> None:
+        if not (self.network.unreachable or self.database.standby):
+            self.model.erase(self.database.erase(ERASED_PATTERNS[a % 4]), self.database.state.erasure)
 
     def begin_epoch(self, a: int, b: int) -> None:
         """Start a new epoch by hand, although nothing has changed."""

@@ -15,7 +15,8 @@ import pytest
 from hypothesis import given, settings
 
 from catbus.delivery.fan_out import Delivery
-from catbus.log import Append, Committed, Entry, LogPage, Rejected
+from catbus.delivery.send_queue import SendQueue
+from catbus.log import Append, Committed, Entry, LogPage, RecentMessages, Rejected
 from catbus.postgres import PostgresLog
 from catbus.postgres.access.asyncpg_bridge import DatabaseConnection
 from catbus.postgres.access.reconnecting_tasks import ReportProgress
@@ -123,6 +124,14 @@ def reject_a_retry_like_a_first_attempt(planter: MistakePlanter) -> None:
     planter.replace(log_writer, "rejection_of", rejection)
 
 
+def leave_erased_messages_in_send_queues(planter: MistakePlanter) -> None:
+    planter.replace(SendQueue, "erase", lambda *_: None)
+
+
+def leave_erased_messages_in_memory(planter: MistakePlanter) -> None:
+    planter.replace(RecentMessages, "erase", lambda *_: None)
+
+
 MISTAKES: tuple[Callable[[MistakePlanter], None], ...] = (
     acknowledge_before_the_commit,
     append_a_retry_without_looking_up_its_key,
@@ -135,6 +144,8 @@ MISTAKES: tuple[Callable[[MistakePlanter], None], ...] = (
     resend_batches_under_new_keys,
     apply_a_notification_without_what_is_missing_before_it,
     reject_a_retry_like_a_first_attempt,
+    leave_erased_messages_in_send_queues,
+    leave_erased_messages_in_memory,
 )
 
 
