@@ -327,9 +327,8 @@ def main() -> None:
     workloads += [
         Workload(f"{rate:g}/s", max(1, int(rate * options.seconds)), rate, options.seconds) for rate in options.rates
     ]
-    print(
-        f"1 publisher to {subscribers} {NAMES[options.transport]} subscribers, {PAYLOAD_SIZE} bytes, medians of {options.repeat}"
-    )
+    kind = NAMES[options.transport]
+    print(f"1 publisher to {subscribers} {kind} subscribers, {PAYLOAD_SIZE} bytes, medians of {options.repeat}")
     print(harness.describe_machine(), flush=True)
     results: dict[tuple[Workload, str], list[Result]] = defaultdict(list)
     with ExitStack() as stack:

@@ -18,6 +18,7 @@ AT_A_TIME = 3
 FANOUT = "fanout.py --subscribers 4 --messages 40 --rates 20 --seconds 0.5 --repeat 1"
 PROGRAMS = {
     "fanout websocket": f"{FANOUT} --transport websocket",
+    "fanout sse": f"{FANOUT} --transport sse",
     "fanout webtransport": f"{FANOUT} --transport webtransport",
     "publish_sql": "publish_sql.py --rates 20 --seconds 0.3",
     "soak": "soak.py --minutes 0.02 --every 0.4 --age 5 --rate 100 --held yes",
@@ -56,10 +57,17 @@ def run(command: str, directory: Path) -> list[str]:
     return done.stdout.splitlines()
 
 
-@pytest.mark.parametrize("transport", ["websocket", "webtransport"])
-def test_fanout(outputs: Outputs, transport: str) -> None:
+@pytest.mark.parametrize(
+    ("transport", "servers"),
+    [
+        ("websocket", ["catbus", "bare"]),
+        ("sse", ["catbus", "websocket", "bare"]),
+        ("webtransport", ["catbus", "bare"]),
+    ],
+)
+def test_fanout(outputs: Outputs, transport: str, servers: list[str]) -> None:
     lines = outputs[f"fanout {transport}"].result()
-    assert [line.split()[-6] for line in lines[-4:]] == ["catbus", "bare"] * 2
+    assert [line.split()[-6] for line in lines[-2 * len(servers) :]] == servers * 2
 
 
 def test_publish_sql(outputs: Outputs) -> None:
