@@ -255,7 +255,8 @@ async def test_full_queue_drops_the_oldest_events_and_says_how_many(
     storm(replica, MAX_WAITING)
     assert replica.session_events.waiting == MAX_WAITING
     nursery.start_soon(replica.session_events.run)
-    await replica.session_events.flush()
+    with trio.fail_after(60):
+        await replica.session_events.flush()
     found = await history(replica)
     assert found[0] == {"event": "lost", "number": 8, "replica": replica.id, "at": found[0]["at"]}
     assert [event["client_id"] for event in found[1:]] == ["alice"] * MAX_WAITING
@@ -401,7 +402,9 @@ async def test_client_that_connects_without_end_cannot_flood_the_log(
     assert len(lines(caplog)) == len(found) + 2
 
 
-async def test_refused_peers_take_no_lines_from_others(replica: Replica, caplog: pytest.LogCaptureFixture) -> None:
+async def test_refused_peers_take_no_lines_from_others(
+    replica: Replica, caplog: pytest.LogCaptureFixture, autojump_clock: MockClock
+) -> None:
     caplog.set_level(logging.INFO, "catbus.sessions")
     for number in range(LINES_BURST + 10):
         peer = open_client(replica, f"10.0.{number // 250}.{number % 250}")

@@ -7,7 +7,7 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
@@ -97,16 +97,18 @@ class Replica:
 
 
 @asynccontextmanager
-async def open_replicas(database_url: str, count: int, state: Path | None = None) -> AsyncIterator[list[Replica]]:
+async def open_replicas(
+    database_url: str, count: int, state: Path | None = None, **variables: str
+) -> AsyncIterator[list[Replica]]:
     """Run `count` replicas on one database, and kill those that still run at the end.
 
-    With a directory for a certificate they serve WebTransport, too.
+    With a directory for a certificate they serve WebTransport, too. `variables` are added to their environment.
     """
     replicas: list[Replica] = []
     async with trio.open_nursery() as nursery:
         try:
             while len(replicas) < count:
-                replicas.append(Replica(await _start(database_url, state)))
+                replicas.append(Replica(await _start(database_url, state, variables)))
             for replica in replicas:
                 await nursery.start(replica.listen)
                 await replica.wait_ready()
@@ -118,9 +120,9 @@ async def open_replicas(database_url: str, count: int, state: Path | None = None
                     await replica.wait()
 
 
-async def _start(database_url: str, state: Path | None) -> trio.Process:
+async def _start(database_url: str, state: Path | None, variables: Mapping[str, str]) -> trio.Process:
     inherited = {name: value for name, value in os.environ.items() if not name.startswith(("CATBUS_", "RUST_LOG"))}
-    settings = {"DATABASE_URL": database_url, "CATBUS_SECRET": SECRET, "PYTHONPATH": str(ROOT)}
+    settings = {"DATABASE_URL": database_url, "CATBUS_SECRET": SECRET, "PYTHONPATH": str(ROOT), **variables}
     if state is not None:
         settings |= {"CATBUS_BIND": "127.0.0.1:0", "CATBUS_STATE": str(state)}
     command = [sys.executable, "-m", "catbus", "run", "--config", str(CONFIG)]
