@@ -29,7 +29,17 @@ from catbus.log import MemoryLog
 from catbus.protocol.channels import check_channel, is_reserved
 from catbus.protocol.wire_messages import Publish, check_payload
 from catbus.replica import Replica
-from catbus.session.session_events import BATCH_INTERVAL, BATCH_SIZE, MAX_WAITING, SENDER, channel_of
+from catbus.session.session_events import (
+    BATCH_INTERVAL,
+    BATCH_SIZE,
+    MAX_WAITING,
+    PREFIX,
+    SENDER,
+    CloseEvent,
+    LostEvents,
+    OpenEvent,
+    channel_of,
+)
 from catbus.session.session_log import (
     CLIENT_INTERVAL,
     CLIENT_LINES,
@@ -43,6 +53,7 @@ from catbus.session.session_log import (
 from tests.brokers import CONFIG, SECRET, running
 from tests.test_both_transports import running as running_both_transports
 from tests.test_replica import objects, open_client
+from tests.test_specification import blocks, quoted, section, table
 
 EVENTS = msgspec.structs.replace(CONFIG, events=EventsSettings(sessions=True))
 ADMIN_KEY = "an admin key of the tests"
@@ -75,6 +86,26 @@ def auth(client_id: str | None, grants: Grants = Grants.ALL) -> bytes:
 )
 def test_channel_names_the_client(client_id: str | None, end: str) -> None:
     assert channel_of(client_id) == "_catbus.sessions." + end
+
+
+def test_specification_describes_channels_and_payloads() -> None:
+    text = section("Publishing").partition("### 9.3 ")[2]
+    for row in table(text, "`client_id`"):
+        for example in quoted(row["Example"]):
+            if example.startswith(PREFIX):
+                end = example.removeprefix(PREFIX)
+                client_id = None if end == "-" else "alice@example.com" if end.startswith("-") else end
+                assert channel_of(client_id) == example
+    kinds = {kind.__struct_config__.tag: kind for kind in (OpenEvent, CloseEvent, LostEvents)}
+    described: dict[Any, set[str]] = {tag: set() for tag in kinds}
+    for row in table(text, "Field", "In"):
+        for tag in described if row["In"] == "all" else quoted(row["In"]):
+            described[tag] |= set(quoted(row["Field"]))
+    assert described == {tag: {"event", *kind.__struct_fields__} for tag, kind in kinds.items()}
+    [(_, example_payload)] = blocks("session-event", within=text)
+    found = msgspec.json.decode(example_payload, type=CloseEvent, strict=True)
+    assert msgspec.to_builtins(found) == json.loads(example_payload)
+    assert found.code in list(CloseCode)
 
 
 client_ids = st.one_of(
