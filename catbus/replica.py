@@ -26,6 +26,7 @@ from .close_codes import CloseCode
 from .config import Config, split_address
 from .delivery.fan_out import Delivery
 from .delivery.flusher import Flusher
+from .delivery.message_pages import MessagePages
 from .delivery.send_queue import Budget, TransportWriter
 from .limits.client_usage import ClientUsages
 from .limits.connections_per_address import ConnectionsPerAddress
@@ -115,6 +116,9 @@ class Replica:
         self.cpu_scheduler = CpuScheduler()
         self.client_usages = ClientUsages(config.limits.sessions, config.limits.subscriptions_total)
         self.addresses = ConnectionsPerAddress(config.limits.address_connections)
+        self.message_pages = MessagePages(
+            log, self.delivery, self.cpu_scheduler, self.client_usages, config.limits.send_queue
+        )
         self.id = secrets.token_hex(8)
         """Identifies the replica until it stops."""
         self.session_events = SessionEvents(self.id, log, publish=config.events.sessions)
@@ -314,6 +318,7 @@ class Replica:
         await trio.sleep(settings.delay)
         window = min(settings.window, RECONNECT_TIME + len(self.sessions) / RECONNECTS_PER_SECOND)
         self._drain_deadline = trio.current_time() + window
+        self.message_pages.stop_waiting()
         for session in list(self.sessions):
             session.send_goaway()
         with trio.move_on_at(self._drain_deadline):

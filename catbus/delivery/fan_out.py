@@ -110,7 +110,7 @@ class Delivery:
         self._lags = 0
         self._pages_read = 0
         self._withdrawals = 0
-        self._page_version = 0
+        self.page_version = 0
         """Changes when pages that were read before must not be used any more."""
         self._withdraw_above = self.budget.for_messages
 
@@ -177,7 +177,7 @@ class Delivery:
         its cursor, and gets the gap there.
         """
         previous, self.position, self.at = self.position, applied, 0
-        self._page_version += 1
+        self.page_version += 1
         groups = [group for tree in (self._live, self._lagging) for group in tree.groups()]
         for subscription in dict.fromkeys(member for group in groups for member in group.members):
             known = subscription.cursor if subscription.lagging else previous
@@ -204,11 +204,11 @@ class Delivery:
                 self._go_live(subscription)
 
     def begin_erasure(self) -> int | None:
-        self._page_version += 1
+        self.page_version += 1
         return find_lowest_seq(self._by_send_queue, self._with_history)
 
     def erase(self, seqs: Collection[int]) -> Iterator[None]:
-        self._page_version += 1
+        self.page_version += 1
         self._live.forget_channels()
         self._lagging.forget_channels()
         self.channel_rates.clear()
@@ -292,7 +292,7 @@ class Delivery:
                 self._work = trio.Event()
                 await self._work.wait()
                 continue
-            version = self._page_version
+            version = self.page_version
             try:
                 page = await self._log.read(position, rows=self.rows_from(position), size=PAGE_BYTES)
             except Unavailable:
@@ -300,7 +300,7 @@ class Delivery:
                 continue
             self._pages_read += 1
             await trio.lowlevel.checkpoint()
-            if version != self._page_version:
+            if version != self.page_version:
                 continue  # Its entries may be of the epoch before, or erased.
             for _ in self.serve(position, page):
                 await trio.lowlevel.checkpoint()
@@ -318,7 +318,7 @@ class Delivery:
 
         Exhaust the iterator before the next page. Between two steps anything else may happen.
         """
-        version = self._page_version
+        version = self.page_version
         self._sweeps.note_page(position, page.last, self._log.memory_floor)
         if page.after > position:
             # Entries that retention dropped are missing for every lower cursor. A deleted range is a gap for the
@@ -340,7 +340,7 @@ class Delivery:
             if number % SERVED_PER_CHECKPOINT == 0:
                 self._make_room()
                 yield
-            if version != self._page_version:
+            if version != self.page_version:
                 return
             reading = subscription.state is READING
             if not reading or not page.after <= subscription.cursor <= page.last:

@@ -11,6 +11,7 @@ from ..close_codes import CloseCode
 from ..config import Config
 from ..delivery.fan_out import Delivery
 from ..delivery.flusher import Flusher
+from ..delivery.message_pages import MessagePages
 from ..delivery.send_queue import SendQueue, TransportWriter
 from ..limits.connections_per_address import ConnectionsPerAddress
 from ..limits.cpu_scheduler import CpuScheduler
@@ -64,6 +65,9 @@ class ReplicaInterface(Protocol):
 
     @property
     def delivery(self) -> Delivery: ...
+
+    @property
+    def message_pages(self) -> MessagePages: ...
 
     @property
     def flusher(self) -> Flusher: ...

@@ -12,9 +12,11 @@ from catbus.close_codes import CloseCode
 from catbus.config import Config
 from catbus.delivery.fan_out import Delivery
 from catbus.delivery.flusher import Flusher
+from catbus.delivery.message_pages import MessagePages
 from catbus.delivery.send_queue import SendQueue, TransportWriter
 from catbus.error_codes import ErrorCode
 from catbus.errors import PeerError
+from catbus.limits.client_usage import ClientUsages
 from catbus.limits.connections_per_address import ConnectionsPerAddress
 from catbus.limits.cpu_scheduler import CpuScheduler
 from catbus.limits.unauthenticated import UnauthenticatedPeers
@@ -91,11 +93,15 @@ class FakeReplica:
         self.log = UnreachableLog()
         self.delivery = Delivery(self.log)
         self.flusher = Flusher()
+        self.client_usages = ClientUsages(self.config.limits.sessions, self.config.limits.subscriptions_total)
         self.certificates = None
         self.webtransport_port = None
         self.addresses = ConnectionsPerAddress(self.config.limits.address_connections)
         self.unauthenticated = UnauthenticatedPeers()
         self.cpu_scheduler = CpuScheduler()
+        self.message_pages = MessagePages(
+            self.log, self.delivery, self.cpu_scheduler, self.client_usages, self.config.limits.send_queue
+        )
         self.runtime_statistics = RuntimeStatistics(self.delivery)
         self.sessions: list[FakeClient] = []
         self.networks: list[str] = []

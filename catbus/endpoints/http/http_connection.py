@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import replace
 from email.utils import formatdate
 from functools import partial
@@ -43,6 +44,7 @@ IDLE_TIMEOUT = 60.0
 """Seconds from a response to the first byte of the next request."""
 BODY_TIMEOUT = 30.0
 SEND_TIMEOUT = 10.0
+"""Seconds for each 64 KiB of a response."""
 CLOSE_TIMEOUT = 2.0
 CLOSE_NOTIFY_TIMEOUT = 0.5
 """Seconds for the close_notify of TLS on a connection without a request."""
@@ -50,7 +52,7 @@ CLOSE_NOTIFY_TIMEOUT = 0.5
 CHUNKS_PER_TURN = 256
 """Chunks of a body that are read before other tasks run: each may be one byte."""
 
-_RECEIVE_SIZE = 65_536
+_RECEIVE_SIZE = _SEND_SIZE = 65_536
 _LOGGED_PATH = re.compile(r"[\w./-]{0,200}", re.ASCII)
 """The part of a path that is logged. A `?` that was encoded by mistake, and the token behind it, are not part of it."""
 
@@ -199,7 +201,8 @@ class HttpConnection:
             if is_event_stream_request(request) and not request.has_body and not self._registry.closed:
                 return await open_event_stream(self._replica, self._registry, request)
             read = partial(self._read_for_handler, request)
-            response = await handler(self._replica, replace(request, read=read))
+            handled = replace(request, read=read, wait_disconnected=self._wait_disconnected)
+            response = await handler(self._replica, handled)
         except RequestRejected:
             raise
         except Exception as error:  # noqa: BLE001 (it is logged)
@@ -239,9 +242,28 @@ class HttpConnection:
 
     async def _read_for_handler(self, request: HttpRequest) -> bytes:
         """Read the body for a handler, which has checked the token before."""
+        self._authenticated()
+        return await self._read_body(request) if request.has_body else b""
+
+    async def _wait_disconnected(self) -> None:
+        """Return when the peer has closed the connection. A handler has checked the token before.
+
+        A peer that closes only its side of the connection counts as well. After a pipelined request has arrived,
+        nothing more is read, and this waits for ever. Cancelling it loses no bytes.
+        """
+        self._authenticated()
+        if not self._http.trailing_data[0]:
+            data = b""
+            with suppress(trio.BrokenResourceError, trio.ClosedResourceError):
+                data = bytes(await self._stream.receive_some(MAX_HEAD_SIZE))
+            self._http.receive_data(data)
+            if not data:
+                return
+        await trio.sleep_forever()
+
+    def _authenticated(self) -> None:
         self._on_authenticated()
         self._unauthenticated.release()
-        return await self._read_body(request) if request.has_body else b""
 
     async def _read_body(self, request: HttpRequest, *, keep: bool = True) -> bytes:
         """Read the body to its end. Raises `RequestRejected` if it is too large or arrives too slowly."""
@@ -291,16 +313,25 @@ class HttpConnection:
         if response.status not in (HTTPStatus.NO_CONTENT, HTTPStatus.NOT_MODIFIED):
             # A 204 has no content. In a 304, the length would be that of the representation, which is not sent.
             headers += [(b"content-type", response.type), (b"content-length", str(len(response.body)).encode())]
-        if last or self._registry.closed or self._http.their_state is h11.SEND_BODY:
-            headers.append((b"connection", b"close"))
+        close = (b"connection", b"close")
+        if (last or self._registry.closed or self._http.their_state is h11.SEND_BODY) and close not in headers:
+            headers.append(close)
         data = self._head(request, response.status, headers)
         if request is None or request.method != "HEAD":
             data += self._http.send(h11.Data(data=response.body))
         data += self._http.send(h11.EndOfMessage())
-        with trio.move_on_after(SEND_TIMEOUT):
-            await self._stream.send_all(data)
-            return
-        raise trio.BrokenResourceError("the peer does not read the response")
+        budget = self._replica.delivery.budget
+        budget.replies += len(data)
+        try:
+            for start in range(0, len(data), _SEND_SIZE):
+                if not response.is_valid():
+                    raise trio.BrokenResourceError("the response is not valid any more")
+                with trio.move_on_after(SEND_TIMEOUT) as limit:
+                    await self._stream.send_all(data[start : start + _SEND_SIZE])
+                if limit.cancelled_caught:
+                    raise trio.BrokenResourceError("the peer does not read the response")
+        finally:
+            budget.replies -= len(data)
 
     def _head(self, request: HttpRequest | None, status: int, headers: Headers) -> bytes:
         """Return the head of the response to `request`, which is counted with it."""

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
+import trio
+
 from ...error_codes import ErrorCode
 from ...errors import PeerError
 from .query import ACCESS_TOKEN, find_access_token
@@ -34,6 +36,8 @@ class HttpRequest:
     """The network of the client: see `network_of`."""
     read: Callable[[], Awaitable[bytes]] = _nothing
     """Reads the body, once. A body that no handler reads is not kept, so handlers check the token first."""
+    wait_disconnected: Callable[[], Awaitable[None]] = trio.sleep_forever
+    """Waits until the client has disconnected. For handlers that have checked the token, and only without a body."""
 
     @property
     def has_body(self) -> bool:

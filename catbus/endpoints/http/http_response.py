@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from http import HTTPStatus
 
 from msgspec import Struct
@@ -22,6 +22,8 @@ class HttpResponse:
     body: bytes
     headers: Headers = ()
     type: bytes = b"text/plain; charset=utf-8"
+    is_valid: Callable[[], bool] = field(default=lambda: True, compare=False)
+    """Whether it may still be sent. If not, the connection is closed in the middle of the body."""
 
 
 def text_response(status: int, text: str = "", headers: Headers = ()) -> HttpResponse:

@@ -127,7 +127,7 @@ def parse_query_as(text: str, kind: type[S]) -> S:
     return convert_parameters(given, kind)
 
 
-def convert_parameters(given: Mapping[str, str], kind: type[S]) -> S:
+def convert_parameters(given: Mapping[str, str | Sequence[str]], kind: type[S]) -> S:
     """Return texts as a struct. Raises `PeerError` (bad_message) for a value that does not have the type of its field.
 
     A number is written as in JSON, and a boolean as `true` or `false`.

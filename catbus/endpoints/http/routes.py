@@ -25,6 +25,7 @@ from .forwarded_headers import forwarded_origin
 from .http_request import HttpRequest, bearer_token
 from .http_response import UPGRADE_REQUIRED, ErrorAnswer, HttpResponse, http_error, json_response, text_response
 from .javascript_client import javascript_modules, serve_javascript
+from .messages_request import MessagesAnswer, MessagesQuery, messages
 from .openapi_document import openapi_document
 from .operation import Access, Answer, Handler, Operation
 from .publish_request import PUBLISH_ANSWER, PublishHeaders, publish
@@ -182,6 +183,19 @@ ROUTES: dict[str, dict[str, Operation]] = {
             "A token may also be the parameter `access_token`. `Last-Event-ID` counts more than `since`.",
             query=EventsQuery,
             headers=EventsHeaders,
+        )
+    },
+    "/messages": {
+        "GET": Operation(
+            messages,
+            "Read a page of messages, forward from a cursor or backward",
+            {
+                200: Answer("The messages, the oldest first, and the cursor from which to read on", MessagesAnswer),
+            },
+            Access.CLIENT,
+            "A token may also be the parameter `access_token`. Without `since`, `wait` and `before`, the page has the "
+            "newest messages.",
+            query=MessagesQuery,
         )
     },
     "/ws": {
