@@ -92,11 +92,14 @@ class Model:
                     same,
                     "",
                     None,
+                    0,
                     1,
                     0.0,
                 )
             case notification_listener._READ_SECRET:
                 return ("a secret",)
+            case notification_listener._ERASED_SEQS:
+                return ([],)
             case notification_listener._FINGERPRINT:
                 return (world.fingerprint(args[0]),)
             case notification_listener._NEW_EPOCH:
@@ -117,6 +120,8 @@ class Model:
 
 class Replica:
     """The parts of a replica, without tasks and connections."""
+
+    erasure = 0
 
     def __init__(self, model: Model, recent: int) -> None:
         self.model = model
