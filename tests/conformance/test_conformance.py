@@ -8,10 +8,13 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 import trio
+import trustme
 from trio_websocket import open_websocket_url
 
+from tests.brokers import CONFIG, TOKEN, running
 from tests.conformance import autobahn, proxies, third_party_clients
 from tests.conformance.client_steps import codes, fragments, leaving, session
 from tests.conformance.echo import serve_echo
@@ -37,18 +40,44 @@ async def test_third_party_client_works_through_a_documented_proxy(tmp_path: Pat
             assert proxy.versions() == {"HTTP/1.1"}
 
 
-async def fetch(port: int, path: str) -> str:
-    """The body of a response to a request for the host `bus.example.com`."""
+async def fetch(port: int, path: str, *options: str, host: str = "bus.example.com") -> str:
+    """The body of a response to a request for this host."""
     url = f"https://127.0.0.1:{port}{path}"
-    command = [find_program("curl", "curl"), "--silent", "--insecure", "--header", "Host: bus.example.com", url]
+    command = [find_program("curl", "curl"), "--silent", "--insecure", "--header", f"Host: {host}", url, *options]
     return (await trio.run_process(command, capture_stdout=True)).stdout.decode()
+
+
+@pytest.mark.parametrize("name", proxies.PROXIES)
+async def test_pages_and_origins_pass_through_each_documented_proxy(name: str, tmp_path: Path) -> None:
+    """A request waits for a message, and a page that the proxy serves publishes it. Pages of others may not."""
+    settings = msgspec.structs.replace(CONFIG.websocket, allowed_origins=("https://listed.example",))
+    config = msgspec.structs.replace(CONFIG, websocket=settings)
+    certificate = trustme.CA().issue_cert("127.0.0.1")
+    async with running(config) as (broker, address), proxies.run_proxy(name, address, certificate, tmp_path) as proxy:
+        pages: list[Any] = []
+        host = f"127.0.0.1:{proxy.port}"
+
+        async def wait() -> None:
+            path = f"/messages?pattern=a&wait=30&access_token={TOKEN}"
+            pages.append(json.loads(await fetch(proxy.port, path, host=host)))
+
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(wait)
+            while not broker.replica.message_pages.wake_ups:
+                await trio.sleep(0.01)
+            for origin, code in (("https://evil.example", "unauthorized"), (f"https://{host}", None)):
+                options = ("-H", f"Origin: {origin}", "-H", f"Authorization: Bearer {TOKEN}")
+                message = ("--data", '{"channel":"a","payload":7}')
+                published = await fetch(proxy.port, "/publish", *options, *message, host=host)
+                assert json.loads(published).get("code") == code
+        assert [message["payload"] for message in pages[0]["messages"]] == [7]
 
 
 @pytest.mark.parametrize("proxy", proxies.PROXIES)
 def test_each_proxy_is_documented(proxy: str) -> None:
     language = {"Caddy": "caddyfile"}.get(proxy, proxy.lower())
     text = proxies.documented_configuration(language)
-    for path in ("ws", "publish", "catbus.js", "catbus/", ".well-known/catbus"):
+    for path in ("ws", "publish", "messages", "events", "catbus.js", "catbus/", ".well-known/catbus"):
         assert path in text.replace("\\", "")
 
 
