@@ -36,7 +36,7 @@ LAYERS = (
     {"session.session_report"},
     {"session.session_events"},
     {"replica"},
-    {"postgres", "endpoints", "client", "in_process"},
+    {"postgres", "endpoints", "client", "http", "in_process"},
     {"observability.metric_sources"},
     {"observability.metric_table"},
     {"observability.metrics"},
@@ -51,6 +51,7 @@ NARROWER = {
     "certificates": {"close_codes", "error_codes", "errors", "observability.loggers", "config", "webtransport"},
     "client": {"close_codes", "error_codes", "errors", "protocol", "webtransport"},
     "config": {"close_codes", "error_codes", "errors"},
+    "http": {"close_codes", "error_codes", "errors", "protocol"},
     "postgres": {
         "close_codes",
         "error_codes",

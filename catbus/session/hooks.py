@@ -48,7 +48,7 @@ class ClientInfo:
     """The client for which a hook is called.
 
     - `client_id`: its client_id, or None; always None for `authenticate`
-    - `transport`: "websocket", "webtransport", or "http" for a request without a session
+    - `transport`: "websocket", "webtransport", "sse", or "http" for a request without a session
     - `network`: its IPv4 address, or the /64 network of its IPv6 address; behind a trusted proxy, that of the client
     - `session`: a number that no other session of this replica has, or None for a request without a session
     """
