@@ -416,7 +416,7 @@ EXAMPLES = {
     "a size above": ("64KiB", 65_536),
     "a whole number": ("12", 12),
     "true or false": ("true", True),
-    "a path, or a list": ("a.json, b.json", ("a.json", "b.json")),
+    "a path, or a URL": ("a.json, https://a.example/b?c=d", ("a.json", "https://a.example/b?c=d")),
     "a path": ("a/path", "a/path"),
     "a secret: text that is not empty, or": ("one", ("one",)),
     "a secret": ("one", "one"),
@@ -457,6 +457,30 @@ def test_variables_accept_the_same_values_as_a_file() -> None:
     assert (config.drain.delay, config.limits.send_queue) == (2.5, 1000)
     assert (config.webtransport.bind, config.websocket.bind) == ((), ("[::1]:1",))
     assert config.websocket.tls is False
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        "http://issuer.example/keys",
+        "http://10.0.0.1/keys",
+        "ftp://localhost/keys",
+        "https:///keys",
+        "https://issuer.example:port/keys",
+        "https://issuer.example:70000/keys",
+        "https://me@issuer.example/keys",
+        "https://me:hidden@issuer.example/keys",
+        "https://issuer.example/keys#x",
+        "https://issuer.example/ keys?hidden",
+        "https://issuer.example/keys\r\nHost: x",
+    ],
+)
+def test_key_sets_come_by_https_or_from_this_machine(url: str) -> None:
+    with pytest.raises(ConfigError, match=r"auth.jwt: expected a path, or a URL that begins with https://") as caught:
+        AuthSettings(jwt=("keys.json", url))
+    assert "hidden" not in str(caught.value)
+    for allowed in ("https://issuer.example/keys", "http://localhost:8000/keys", "http://[::1]/keys"):
+        assert AuthSettings(jwt=allowed).jwt == (allowed,)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("text", ["-1", "1e9", "12 sheep", "nan", "0x10", "1_0"])

@@ -17,8 +17,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from catbus.auth.grants import Grants, Identity, client_of
+from catbus.auth.jwt_keys import from_jwks
 from catbus.auth.role_tokens import make_role_token, role_digits, role_handle, role_key
-from catbus.auth.token_errors import MAX_RETRY_AFTER, RejectionReason, TokenRejected
+from catbus.auth.token_errors import MAX_RETRY_AFTER, RejectionReason, TokenRejected, UnknownKey
 from catbus.auth.tokens import CACHE_SIZE, MAX_TOKEN, Authenticator, sign
 from catbus.close_codes import CloseCode
 from catbus.error_codes import ErrorCode
@@ -172,14 +173,14 @@ def test_grants_have_a_text_for_people(grants: Grants, text: str) -> None:
 def test_tokens_of_existing_issuers_verify() -> None:
     authenticator = Authenticator([SECRET])
     assert authenticator.verify(ALICE, NOW) == Identity("alice", READER, None)
-    assert authenticator.verify(BOB, NOW) == Identity("bob", Grants.ALL, 2e9)
+    assert authenticator.verify(BOB, NOW) == Identity("bob", Grants.ALL, 2e9, issued=1e9)
     assert authenticator.verify(CAROL, NOW) == Identity("carol", Grants(("orders.*",), ("orders.42",)), 2e9)
 
 
 def test_signed_token_verifies() -> None:
     grants = Grants(read=("a.*", "b"), write=("*",))
     token = sign(SECRET, client_id="é", grants=grants, expires=NOW + 60.9, not_before=NOW - 60.5, issued_at=NOW)
-    assert Authenticator([SECRET]).verify(token, NOW) == Identity("é", grants, NOW + 60)
+    assert Authenticator([SECRET]).verify(token, NOW) == Identity("é", grants, NOW + 60, issued=NOW)
     assert Authenticator([SECRET]).verify(sign(SECRET, client_id=None, grants=Grants()), NOW).client_id is None
 
 
@@ -379,10 +380,70 @@ def test_unsigned_header_is_clipped_in_the_details() -> None:
     assert "\n" not in error.detail
 
 
-def test_token_issued_in_the_future_is_accepted() -> None:
+def test_token_issued_in_the_future_is_not_valid_yet() -> None:
+    authenticator = Authenticator([SECRET], leeway=30)
+    tokens = [
+        sign(SECRET, client_id="a", grants=READER, issued_at=NOW + 60, not_before=NOW),
+        signed_jwt({"alg": "HS256"}, {**CLAIMS, "iat": NOW + 60}),
+    ]
+    for token in tokens:
+        assert assert_not_valid_yet(authenticator, token, NOW + 20).retry_after == 10
+        # It counts as issued when it was seen: an issuer's clock may be ahead.
+        assert authenticator.verify(token, NOW + 30).issued == NOW + 30
+        assert authenticator.verify(token, NOW + 70).issued == NOW + 60
+
+
+def test_time_of_issue_has_microseconds_and_is_not_rounded_up() -> None:
+    issued = NOW + 0.123_456_7
+    token = sign(SECRET, client_id="a", grants=READER, issued_at=issued)
+    assert Authenticator([SECRET]).verify(token, NOW + 1).issued == NOW + 0.123_456
+    assert Authenticator([SECRET]).verify(ALICE, NOW).issued == 0
+
+
+PARTIES = [
+    ({"iss": "https://a", "aud": "catbus"}, True),
+    ({"iss": "https://b", "aud": ["x", "catbus"]}, True),
+    ({"iss": "https://a/", "aud": "catbus"}, False),
+    ({"aud": "catbus"}, False),
+    ({"iss": ["https://a"], "aud": "catbus"}, False),
+    ({"iss": "https://a"}, False),
+    ({"iss": "https://a", "aud": "Catbus"}, False),
+    ({"iss": "https://a", "aud": []}, False),
+    ({"iss": "https://a", "aud": {"catbus": 1}}, False),
+    ({"iss": "https://a", "aud": [["catbus"]]}, False),
+]
+
+
+@pytest.mark.parametrize(("parties", "accepted"), PARTIES, ids=str)
+def test_issuer_and_audience_of_a_jwt_are_checked(parties: dict[str, Any], accepted: bool) -> None:
+    token = signed_jwt({"alg": "HS256"}, {**CLAIMS, **parties})
+    authenticator = Authenticator([SECRET], issuers=("https://a", "https://b"), audiences=("catbus",))
+    for _ in range(2):  # The second time, claims may be cached.
+        if accepted:
+            assert authenticator.verify(token, NOW) == DAVE
+        else:
+            error = refusal(authenticator, token)
+            assert isinstance(error, TokenRejected)
+            assert (error.code, error.reason, error.subject) == ("unauthenticated", RejectionReason.CLAIMS, "dave")
+    # Without the settings, the claims are ignored. `sub-` tokens have none.
+    assert Authenticator([SECRET]).verify(token, NOW) == DAVE
+    assert authenticator.verify(ALICE, NOW).client_id == "alice"
+
+
+def test_replaced_keys_verify_nothing_more() -> None:
+    token = jwt.encode(CLAIMS, EC_KEY, "ES256", {"kid": "1"})
     authenticator = Authenticator([SECRET])
-    authenticator.verify(sign(SECRET, client_id="a", grants=READER, issued_at=NOW + 60), NOW)
-    authenticator.verify(signed_jwt({"alg": "HS256"}, {**CLAIMS, "iat": NOW + 60}), NOW)
+    assert isinstance(refusal(authenticator, token), UnknownKey)
+    keys = list(from_jwks(jwks((EC_KEY, {"kid": "1"}), (RSA_KEY, {"kid": "2"}))))
+    authenticator.replace_fetched_keys(keys)
+    assert authenticator.verify(token, NOW) == DAVE
+    authenticator.replace_fetched_keys(keys)
+    assert authenticator._cache
+    authenticator.replace_fetched_keys(keys[1:])
+    assert isinstance(refusal(authenticator, token), UnknownKey)
+    # A fetch cannot help where the secret or the signature is wrong.
+    for other in (signed_jwt({"alg": "HS256"}, CLAIMS, OTHER), signed_jwt({"alg": "RS256", "kid": "2"}, CLAIMS)):
+        assert not isinstance(refusal(authenticator, other), UnknownKey)
 
 
 def test_expired_token_with_another_signature_is_not_reported_as_expired() -> None:

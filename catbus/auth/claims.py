@@ -77,6 +77,8 @@ class JwtClaims(TokenClaims, kw_only=True):
     """The claims of a JWT."""
 
     client_id: str | None = msgspec.field(default=None, name="sub")
+    iss: Any = None
+    aud: Any = None
     catbus: CatbusClaim
 
     def allowed(self) -> Grants:

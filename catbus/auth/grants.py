@@ -53,9 +53,10 @@ Grants.ADMIN = Grants(("*", "_catbus.*"), ("*",))
 class Identity:
     """The client that a token names, and what it may do.
 
-    `expires` is in seconds since 1970, or None for never. `role` is the key of the role that a role token stands for.
-    `publish_rate` (messages per second) and `publish_bytes` (bytes per second) replace the broker's limits, unless
-    they are None.
+    `expires` and `issued` are in seconds since 1970. Without `expires` the token does not expire; a token that does not
+    say when it was issued counts as issued at 0, and none as issued after it was verified. `role` is the key of the
+    role that a role token stands for. `publish_rate` (messages per second) and `publish_bytes` (bytes per second)
+    replace the broker's limits, unless they are None.
     """
 
     client_id: str | None
@@ -65,6 +66,7 @@ class Identity:
     role: bytes | None = None
     publish_rate: int | None = None
     publish_bytes: int | None = None
+    issued: float = 0.0
 
 
 def client_of(identity: Identity, token: str, network: str) -> Hashable:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Literal, Protocol
 
 from cryptography.exceptions import UnsupportedAlgorithm
 from cryptography.hazmat.primitives.asymmetric.ec import SECP256R1, EllipticCurvePublicKey
@@ -41,6 +41,27 @@ class JwtKey:
     kid: str | None = None
 
 
+@dataclass(frozen=True, slots=True)
+class KeySetStatistics:
+    """What became of the fetches of key sets. `age`: seconds since the oldest was fetched, or since the start."""
+
+    fetches: int
+    failures: int
+    age: float
+
+
+class KeySetSource(Protocol):
+    """The key sets that are fetched by URL."""
+
+    async def finish(self) -> bool:
+        """Wait until a fetch that goes on has finished, if there is one. It may have begun too early: returns False."""
+
+    async def refresh(self) -> bool:
+        """Wait until all were fetched after this call, for 15 s at most. Return whether every fetch succeeded."""
+
+    def statistics(self) -> KeySetStatistics: ...
+
+
 def from_pem(text: str) -> Iterator[JwtKey]:
     """The public keys in a PEM file. Raises `ConfigError` for a key that cannot be used."""
     for block in re.finditer(r"-----BEGIN ((?:RSA )?PUBLIC KEY)-----.*?-----END \1-----", text, re.DOTALL):
@@ -54,10 +75,10 @@ def from_pem(text: str) -> Iterator[JwtKey]:
 
 
 def from_jwks(text: str) -> Iterator[JwtKey]:
-    """The usable keys of a JWKS. Other keys of the set are skipped."""
+    """The usable keys of a JWKS. Other keys of the set are skipped, and so is a text that is not one."""
     try:
         jwks = PyJWKSet.from_json(text).keys
-    except (PyJWTError, ValueError):
+    except (PyJWTError, ValueError, TypeError, AttributeError, RecursionError):
         return
     for jwk in jwks:
         key = _public_key(jwk.key, jwk.key_id)

@@ -25,6 +25,7 @@ class RejectionReason(StrEnum):
     NOT_VALID_YET = "not_valid_yet"
     ROLE = "role"
     HOOK = "hook"
+    REVOKED = "revoked"
 
 
 class TokenRejected(PeerError):
@@ -49,6 +50,10 @@ class TokenRejected(PeerError):
         self.reason = reason
         self.detail = detail
         self.subject = subject
+
+
+class UnknownKey(TokenRejected):
+    """No key with the `kid` of a JWT is known. Its issuer may have a new one."""
 
 
 def format_time(seconds: float) -> str:

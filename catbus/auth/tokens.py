@@ -22,7 +22,7 @@ from .claims import GrantClaim, GrantListClaim, JwtClaims, SubTokenClaims, decod
 from .grants import Grants, Identity
 from .jwt_keys import ALGORITHMS, USABLE_KEYS, JwtKey, from_jwks, from_pem, jws
 from .role_tokens import role_key
-from .token_errors import MAX_RETRY_AFTER, RejectionReason, TokenRejected, format_time
+from .token_errors import MAX_RETRY_AFTER, RejectionReason, TokenRejected, UnknownKey, format_time
 
 MAX_TOKEN = 8192
 """Bytes that a token may have."""
@@ -44,6 +44,8 @@ def sign(
 ) -> str:
     """Make a `sub-` token. Times are in seconds since 1970; rounding never makes the token valid for longer.
 
+    `issued_at` has microseconds, as revocations have: a token that is issued after one in the same second is valid.
+
     `publish_rate` (messages per second) and `publish_bytes` (bytes per second) replace the broker's limits.
 
     Raises `PeerError` (invalid_pattern) for a grant that is not a pattern, and `ConfigError` for an empty secret or
@@ -58,7 +60,7 @@ def sign(
         grants=GrantListClaim(given),
         exp=None if expires is None else math.floor(expires),
         nbf=None if not_before is None else math.ceil(not_before),
-        iat=None if issued_at is None else math.floor(issued_at),
+        iat=None if issued_at is None else math.floor(issued_at * 1e6) / 1e6,
         publish_rate=publish_rate,
         publish_bytes=publish_bytes,
     )
@@ -80,10 +82,11 @@ def token_kind(token: str) -> str:
 class Authenticator:
     """Verifies tokens with any of the secrets, the admin key or the public keys, and signs producer ids.
 
-    Each of `jwt_keys` is the text of a PEM file or of a JWKS. `leeway` is the difference, in seconds, that is allowed
-    between the issuer's clock and the broker's. Producer ids are signed with the first secret and verified with any of
-    them. Without secrets they are valid for this object only. Raises `ConfigError` for a secret or key that cannot be
-    used.
+    Each of `jwt_keys` is the text of a PEM file or of a JWKS. With `issuers`, only their JWTs are accepted, and with
+    `audiences`, only JWTs for one of these (RFC 7519, sections 4.1.1 and 4.1.3). `leeway` is the difference, in
+    seconds, that is allowed between the issuer's clock and the broker's. Producer ids are signed with the first secret
+    and verified with any of them. Without secrets they are valid for this object only. Raises `ConfigError` for a
+    secret or key that cannot be used.
     """
 
     def __init__(
@@ -92,6 +95,8 @@ class Authenticator:
         *,
         admin_key: str | None = None,
         jwt_keys: Sequence[str] = (),
+        issuers: Sequence[str] = (),
+        audiences: Sequence[str] = (),
         leeway: float = 0.0,
     ) -> None:
         if isinstance(secrets, str) or not all(secrets):
@@ -106,12 +111,23 @@ class Authenticator:
             if not keys:
                 raise ConfigError(f"JWT key {number}: expected a public key, {USABLE_KEYS}, as PEM or JWKS")
             self._jwt_keys += keys
+        self._fetched_keys: Sequence[JwtKey] = ()
+        self._issuers = tuple(issuers)
+        self._audiences = tuple(audiences)
         self._leeway = leeway
         self._cache: dict[bytes, tuple[int, SubTokenClaims | JwtClaims, Grants]] = {}
         """Size, claims and grants of valid tokens by digest, the most recently used last."""
         self._cache_size = 0
         # The text has a space, so no token has the same HMAC.
         self._producer_keys = [_hmac(secret, b"catbus producer") for secret in self._secrets] or [os.urandom(32)]
+
+    def replace_fetched_keys(self, keys: Sequence[JwtKey]) -> None:
+        """Verify JWTs with these keys, besides those of the constructor, instead of the keys of the last call."""
+        if list(keys) != list(self._fetched_keys):
+            self._fetched_keys = list(keys)
+            # What a key that was removed has signed is not valid any more.
+            self._cache.clear()
+            self._cache_size = 0
 
     def is_admin_key(self, token: str) -> bool:
         """Whether a token is the admin key. The time taken does not depend on the contents."""
@@ -122,7 +138,8 @@ class Authenticator:
         """Verify a token at the time `now`, in seconds since 1970. Role tokens are looked up elsewhere.
 
         Raises `TokenRejected`, which closes the connection: token_expired or token_not_valid_yet for a token with a
-        valid signature, unauthenticated for any other. Its `message` contains nothing of the token.
+        valid signature, unauthenticated for any other. Its `message` contains nothing of the token. `UnknownKey` is one
+        that a fetch of key sets may help.
         """
         given = token.encode(errors="surrogatepass")
         if self.is_admin_key(token):
@@ -135,15 +152,17 @@ class Authenticator:
             raise TokenRejected(RejectionReason.ROLE, text, message=text)
         claims, grants = self._decode(given)
         subject = claims.client_id
-        if claims.nbf is not None and now < claims.nbf - self._leeway:
+        issued = claims.iat or 0.0
+        begins = max(claims.nbf or 0.0, issued)
+        if now < begins - self._leeway:
             raise TokenRejected(
                 RejectionReason.NOT_VALID_YET,
-                f"not valid until {format_time(claims.nbf)}, in {claims.nbf - now:.0f} s",
+                f"not valid until {format_time(begins)}, in {begins - now:.0f} s",
                 message="the token is not valid yet",
                 code=ErrorCode.TOKEN_NOT_VALID_YET,
                 close=CloseCode.TOKEN_NOT_VALID_YET,
                 subject=subject,
-                retry_after=min(MAX_RETRY_AFTER, claims.nbf - self._leeway - now),
+                retry_after=min(MAX_RETRY_AFTER, begins - self._leeway - now),
             )
         if claims.exp is not None and now >= claims.exp + self._leeway:
             raise TokenRejected(
@@ -155,7 +174,7 @@ class Authenticator:
                 subject=subject,
             )
         messages, size = claims.rates()
-        return Identity(subject, grants, claims.exp, publish_rate=messages, publish_bytes=size)
+        return Identity(subject, grants, claims.exp, publish_rate=messages, publish_bytes=size, issued=min(issued, now))
 
     def make_producer_id(self, subject: str | None, now: float) -> str:
         """Make a new producer id, signed for this client_id.
@@ -189,6 +208,7 @@ class Authenticator:
                 claims = decode_claims(self._verify_sub_token(given[4:]), SubTokenClaims, "client_id")
             else:
                 claims = decode_claims(self._verify_jwt(given), JwtClaims, "sub")
+                self._check_parties(claims)
             known = len(given), claims, claims.allowed()
             self._cache_size += len(given)
             while self._cache_size > CACHE_SIZE and self._cache:
@@ -196,6 +216,16 @@ class Authenticator:
                 self._cache_size -= size
         self._cache[digest] = known
         return known[1:]
+
+    def _check_parties(self, claims: JwtClaims) -> None:
+        audiences = claims.aud if isinstance(claims.aud, list) else [claims.aud]
+        if self._issuers and claims.iss not in self._issuers:
+            text = f"its issuer, {clip(repr(claims.iss))}, is not in auth.issuer"
+        elif self._audiences and not any(audience in self._audiences for audience in audiences):
+            text = f"its audience, {clip(repr(claims.aud))}, is not in auth.audience"
+        else:
+            return
+        raise TokenRejected(RejectionReason.CLAIMS, text, subject=claims.client_id)
 
     def _verify_sub_token(self, given: bytes) -> bytes:
         """Verify a `sub-` token, given without its prefix, with the secrets, and return its JSON."""
@@ -218,7 +248,7 @@ class Authenticator:
         algorithm, kid = header.get("alg"), header.get("kid")
         if algorithm not in ALGORITHMS:
             raise TokenRejected(RejectionReason.ALGORITHM, f"the algorithm {clip(repr(algorithm))} is not supported")
-        keys = [key for key in self._jwt_keys if key.algorithm == algorithm]
+        keys = [key for key in (*self._jwt_keys, *self._fetched_keys) if key.algorithm == algorithm]
         chosen = [key for key in keys if kid is None or key.kid in (None, kid)]
         for key in chosen:
             try:
@@ -228,9 +258,9 @@ class Authenticator:
             return claims
         named = "" if kid is None else f" with the kid {clip(repr(kid))}"
         if not chosen:
-            raise TokenRejected(
-                RejectionReason.KEY, f"none of {len(keys)} configured keys for {algorithm} matches{named}"
-            )
+            # Secrets are configured, and never fetched.
+            kind = TokenRejected if algorithm == "HS256" else UnknownKey
+            raise kind(RejectionReason.KEY, f"none of {len(keys)} configured keys for {algorithm} matches{named}")
         raise TokenRejected(
             RejectionReason.SIGNATURE, f"signed with none of {len(chosen)} configured keys for {algorithm}{named}"
         )

@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 import secrets
 import tempfile
+import time
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -64,7 +65,7 @@ def find_token(url: str) -> str | None:
     if not is_loopback(urlsplit(url).hostname or ""):
         return None
     if given := configured_secret():
-        return sign(given, client_id="operator", grants=Grants.ADMIN)
+        return sign(given, client_id="operator", grants=Grants.ADMIN, issued_at=time.time())
     secret = read_secret(default_state_directory(os.environ))
     return development_token(secret) if secret else None
 

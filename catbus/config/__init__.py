@@ -11,7 +11,7 @@ from .loader import (
     show_setting,
 )
 from .log_levels import parse_levels
-from .network_addresses import is_loopback, join_address, redact_url, split_address
+from .network_addresses import is_loopback, is_url, join_address, redact_url, split_address
 from .settings import (
     AuthSettings,
     Config,
@@ -47,6 +47,7 @@ __all__ = [
     "find_weak_secrets",
     "find_weakness",
     "is_loopback",
+    "is_url",
     "join_address",
     "load",
     "load_with_sources",

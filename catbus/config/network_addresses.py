@@ -1,9 +1,10 @@
-"""Addresses and URLs in a configuration: splitting, joining and redacting them."""
+"""Addresses and URLs in a configuration: splitting, joining, checking and redacting them."""
 
 from __future__ import annotations
 
 import ipaddress
 import re
+from urllib.parse import urlsplit
 
 from ..errors import ConfigError
 
@@ -31,6 +32,21 @@ def is_loopback(host: str) -> bool:
         return ipaddress.ip_address(host).is_loopback
     except ValueError:
         return False
+
+
+def is_url(text: str) -> bool:
+    """Whether the path of a file, or a URL, is a URL."""
+    return "://" in text
+
+
+def check_key_set_url(url: str) -> None:
+    """Raise `ValueError` unless this is an https URL, or an http URL of a loopback address, without credentials."""
+    parts = urlsplit(url)
+    safe = parts.scheme == "https" or (parts.scheme == "http" and is_loopback(parts.hostname or ""))
+    if not safe or not parts.hostname or "@" in parts.netloc or parts.fragment or not url.isprintable() or " " in url:
+        raise ValueError
+    # It raises for a port that is none.
+    _ = parts.port
 
 
 def redact_url(url: str) -> str:

@@ -21,6 +21,7 @@ from .value_types import (
     Failover,
     File,
     Format,
+    KeySource,
     Levels,
     LogSize,
     Network,
@@ -96,13 +97,18 @@ class RetentionSettings(Section, frozen=True, kw_only=True):
 
 
 class AuthSettings(Section, frozen=True, kw_only=True, rename={"secrets": "secret"}):
-    """Authentication. `secrets`: the first signs, all verify. `jwt`: files with public keys or key sets."""
+    """Authentication. `secrets`: the first signs, all verify. `jwt`: files with public keys or key sets, or URLs of key
+    sets."""
 
     hidden = frozenset({"secrets", "admin_key"})
 
     secrets: tuple[Secret, ...] = ()
     admin_key: Secret | None = None
-    jwt: tuple[File, ...] = ()
+    jwt: tuple[KeySource, ...] = ()
+    issuer: tuple[Text, ...] = ()
+    """If not empty, JWTs of other issuers are rejected."""
+    audience: tuple[Text, ...] = ()
+    """If not empty, JWTs that are for none of these are rejected."""
     leeway: Duration = 30.0
     """The tolerated difference between the clock of the token issuer and this one."""
     allow_weak_secrets: Switch = False

@@ -16,7 +16,7 @@ from msgspec import Meta
 
 from ..errors import ConfigError
 from .log_levels import parse_levels
-from .network_addresses import split_address
+from .network_addresses import check_key_set_url, is_url, redact_url, split_address
 
 # The types. An error shows the description as the expected value.
 
@@ -31,6 +31,7 @@ LogSize = Annotated[int, Meta(ge=64 << 20, le=2**53, description='a size of at l
 Count = Annotated[int, Meta(gt=0, le=2**53, description="a whole number above 0")]
 Switch = Annotated[bool, Meta(description="true or false")]
 File = Annotated[str, Meta(min_length=1, description="a path")]
+KeySource = Annotated[str, Meta(min_length=1, description="a path, or a URL that begins with https://")]
 Secret = Annotated[str, Meta(min_length=1, description="a secret: text that is not empty")]
 Address = Annotated[str, Meta(description='an address with a port, like "127.0.0.1:8080" or "[::1]:8080"')]
 Network = Annotated[str, Meta(description='an address or a network, like "192.0.2.7", "10.0.0.0/8" or "fd00::/8"')]
@@ -62,13 +63,14 @@ def convert_value(hint: Any, value: object, base: Path | None = None) -> Any:
         if not isinstance(value, list | tuple):
             raise ValueError
         return tuple(convert_value(item, each, base) for each in value)
-    if kind == File and isinstance(value, os.PathLike):
+    if kind in (File, KeySource) and isinstance(value, os.PathLike):
         value = os.fspath(value)
     if isinstance(value, str):
         value = _parse_text(kind, value)
     # msgspec raises a ValueError, but its text is for programmers.
     checked = msgspec.convert(value, kind)
-    return _expand_path(checked, base) if kind == File else checked
+    is_path = kind == File or (kind == KeySource and not is_url(checked))
+    return _expand_path(checked, base) if is_path else checked
 
 
 def _expand_path(text: str, base: Path | None) -> str:
@@ -85,6 +87,8 @@ def _parse_text(kind: Any, text: str) -> object:
         return int(_parse_amount(text, _BYTES))
     if kind == Levels:
         parse_levels(text)
+    if kind == KeySource and is_url(text):
+        check_key_set_url(text)
     if kind == Address:
         try:
             split_address(text)
@@ -138,14 +142,15 @@ def describe_type(hint: Any) -> str:
 
 
 def format_value(value: object) -> str:
-    """Format a value for an error message as TOML, with limited length."""
+    """Format a value for an error message as TOML, with limited length. Secret parts of a URL are not shown."""
     match value:
         case float():
             return repr(value)
         case int() if value.bit_length() > 256:
             return "a number that is too large"
         case bool() | str() | int():
-            text = json.dumps(value, ensure_ascii=True)
+            shown = redact_url(value) if isinstance(value, str) else value
+            text = json.dumps(shown, ensure_ascii=True)
             return text if len(text) <= 60 else text[:57] + '..."'
         case list() | tuple():
             return "[" + ", ".join(map(format_value, value[:4])) + (", ...]" if len(value) > 4 else "]")

@@ -50,15 +50,17 @@ def test_token_is_the_only_text_on_stdout(catbus: Command, monkeypatch: pytest.M
 def test_several_patterns_are_granted(catbus: Command, permissions: list[str], grants: Grants) -> None:
     flags = [flag for permission in permissions for flag in ("-p", permission)]
     token = catbus("grant", *flags, "a", "b.*", "--client-id", "x", "--secret", SECRET).output.strip()
-    assert Authenticator([SECRET]).verify(token, 0).grants == grants
+    assert Authenticator([SECRET]).verify(token, time.time()).grants == grants
 
 
 def test_token_contains_publish_rates(catbus: Command) -> None:
     options = "-p", "all", "*", "--client-id", "x", "--secret", SECRET
     token = catbus("grant", *options, "--publish-rate", "500", "--publish-bytes", "1MiB").output.strip()
-    identity = Authenticator([SECRET]).verify(token, 0)
+    identity = Authenticator([SECRET]).verify(token, time.time())
     assert (identity.publish_rate, identity.publish_bytes) == (500, 1 << 20)
-    identity = Authenticator([SECRET]).verify(catbus("grant", *options, "--publish-bytes", "17").output.strip(), 0)
+    identity = Authenticator([SECRET]).verify(
+        catbus("grant", *options, "--publish-bytes", "17").output.strip(), time.time()
+    )
     assert (identity.publish_rate, identity.publish_bytes) == (None, 17)
     for wrong in ("0", "much", "1e9B", "-1", "9" * 30):
         assert catbus("grant", *options, "--publish-bytes", wrong).status == 2
@@ -71,7 +73,7 @@ def test_token_expires(catbus: Command) -> None:
     _, output, errors = catbus(
         "grant", "-p", "all", "*", "--client-id", "x", "--expires", "1h", "--secret", SECRET
     )  # fmt: skip
-    identity = Authenticator([SECRET]).verify(output.strip(), began)
+    identity = Authenticator([SECRET]).verify(output.strip(), time.time())
     assert identity.expires == pytest.approx(began + 3600, abs=60)
     assert " until 2" in errors
     with pytest.raises(PeerError) as caught:
@@ -83,7 +85,7 @@ def test_secret_can_come_from_a_file(catbus: Command, tmp_path: Path) -> None:
     path = tmp_path / "catbus.toml"
     path.write_text(f'[auth]\nsecret = ["{SECRET}", "an older one"]\n')
     _, output, errors = catbus("grant", "-p", "read", "a", "--client-id", "x", "--config", str(path))
-    assert Authenticator([SECRET]).verify(output.strip(), 0).client_id == "x"
+    assert Authenticator([SECRET]).verify(output.strip(), time.time()).client_id == "x"
     assert f"signed with the secret of {path}" in errors
     assert SECRET not in errors
 
@@ -91,7 +93,7 @@ def test_secret_can_come_from_a_file(catbus: Command, tmp_path: Path) -> None:
 def test_development_secret_is_the_default(catbus: Command, tmp_path: Path) -> None:
     secret = read_or_create_secret(tmp_path / "state")
     _, output, errors = catbus("grant", "-p", "read", "a", "--client-id", "x")
-    assert Authenticator([secret]).verify(output.strip(), 0).client_id == "x"
+    assert Authenticator([secret]).verify(output.strip(), time.time()).client_id == "x"
     assert "the development secret in" in errors
 
 

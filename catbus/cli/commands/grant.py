@@ -85,7 +85,7 @@ def command(
     signer, origin = _signing_secret(secret, config, state)
     size = None if publish_bytes is None else _parse_byte_rate(publish_bytes)
     rates = {"publish_rate": publish_rate, "publish_bytes": size}
-    click.echo(sign(signer, client_id=client_id, grants=grants, expires=until, **rates))
+    click.echo(sign(signer, client_id=client_id, grants=grants, expires=until, issued_at=time.time(), **rates))
     end = (
         "and does not expire" if until is None else f"until {datetime.fromtimestamp(until, UTC):%Y-%m-%d %H:%M:%S} UTC"
     )
