@@ -18,7 +18,9 @@ from typing import Any, Protocol
 import trio
 
 from .auth.grants import Identity
+from .auth.jwt_keys import KeySetSource
 from .auth.live_permissions import LivePermissions
+from .auth.revocations import Revocations
 from .auth.role_tokens import RoleSource
 from .auth.tokens import Authenticator
 from .certificates import CertificateSource
@@ -90,6 +92,7 @@ class Replica:
 
     `certificates` is needed for WebTransport, and for TLS on the WebSocket port. Without `roles`, role tokens are
     rejected. Without an `exporter`, there are no metrics. `hooks` are those of the program that embeds the broker.
+    Without `revocations`, those that are made here are kept in memory. Without `key_sets`, no keys are fetched.
     """
 
     def __init__(
@@ -101,6 +104,8 @@ class Replica:
         roles: RoleSource | None = None,
         exporter: MetricsExporter | None = None,
         hooks: Hooks | None = None,
+        revocations: Revocations | None = None,
+        key_sets: KeySetSource | None = None,
     ) -> None:
         self.config = config
         self.log = log
@@ -113,6 +118,8 @@ class Replica:
         """The open endpoints, by transport."""
         self.unauthenticated = UnauthenticatedPeers()
         self.permissions = LivePermissions(roles)
+        self.revocations = Revocations() if revocations is None else revocations
+        self.key_sets = key_sets
         self.cpu_scheduler = CpuScheduler()
         self.client_usages = ClientUsages(config.limits.sessions, config.limits.subscriptions_total)
         self.addresses = ConnectionsPerAddress(config.limits.address_connections)
@@ -130,6 +137,8 @@ class Replica:
         self._authentication = Authentication(
             authenticator,
             roles,
+            self.revocations,
+            key_sets,
             self.cpu_scheduler,
             self.runtime_statistics,
             config.limits.client_id,
@@ -146,6 +155,7 @@ class Replica:
             publisher=self._publisher,
             hooks=hooks,
             permissions=self.permissions,
+            revocations=self.revocations,
             publish_rates=publish_rates,
             client_usages=self.client_usages,
             unauthenticated=self.unauthenticated,
@@ -268,6 +278,16 @@ class Replica:
     async def authenticate(self, token: str, network: str = "") -> Identity:
         """Return the identity of a token that came from this network. Raises `PeerError` that closes."""
         return await self._authentication.verify(token, network)
+
+    async def revoke_client(
+        self, client_id: str, issued_before: float | None = None, forget_after: float | None = None
+    ) -> float:
+        """Revoke the tokens of a client that were issued before a time, on every replica, as `Revocations.revoke` does.
+
+        When it returns, this replica rejects such tokens; it closes the sessions with them at once, and other replicas
+        do the same within a second.
+        """
+        return await self.revocations.revoke(client_id, issued_before, forget_after)
 
     async def publish(
         self,

@@ -24,6 +24,7 @@ from trio.testing import MockClock, wait_all_tasks_blocked
 
 from catbus.auth import live_permissions
 from catbus.auth.grants import Grants, Identity
+from catbus.auth.jwt_keys import KeySetStatistics
 from catbus.auth.role_tokens import make_role_token, role_handle, role_key
 from catbus.auth.tokens import MAX_TOKEN, Authenticator, sign
 from catbus.close_codes import CloseCode
@@ -51,6 +52,7 @@ from catbus.session.history_page import MAX_HISTORY
 from catbus.webtransport import ConnectionLimits
 from tests.postgres.sql import open_sql
 from tests.test_replica import Roles
+from tests.test_tokens import signed_jwt
 
 ROOT = Path(__file__).parent.parent
 DOCUMENT = (ROOT / "protocol" / "README.md").read_text(encoding="utf-8")
@@ -586,15 +588,29 @@ class Peer:
                 received += objects(lines)
 
 
+class UnreachableKeySets:
+    async def finish(self) -> bool:
+        return False
+
+    async def refresh(self) -> bool:
+        return False
+
+    def statistics(self) -> KeySetStatistics:
+        raise AssertionError
+
+
 @asynccontextmanager
 async def running(config: Config) -> AsyncIterator[Replica]:
+    """A replica that has revoked the tokens of alice that do not say when they were issued."""
     roles = Roles()
     roles.answer = Unavailable("the database is unreachable")
     roles.let.set()
-    replica = Replica(config, MemoryLog(), Authenticator([SECRET]), roles=roles)
+    replica = Replica(config, MemoryLog(), Authenticator([SECRET]), roles=roles, key_sets=UnreachableKeySets())
     async with trio.open_nursery() as nursery:
         await nursery.start(replica.log.run, replica.delivery)
         nursery.start_soon(replica.delivery.run)
+        nursery.start_soon(replica.revocations.run)
+        await replica.revoke_client("alice", 1.0)
         yield replica
         nursery.cancel_scope.cancel()
 
@@ -606,10 +622,18 @@ def auth(
     read: str = "project.*",
     expires: float = 1e6,
     starts: float = -1000.0,
+    issued: bool = True,
 ) -> dict[str, Any]:
     grants = Grants(read=(read,), write=("project.*",))
     now = time.time()
-    token = sign(SECRET, client_id=client_id, grants=grants, expires=now + expires, not_before=now + starts)
+    token = sign(
+        SECRET,
+        client_id=client_id,
+        grants=grants,
+        expires=now + expires,
+        not_before=now + starts,
+        issued_at=now if issued else None,
+    )
     return {"type": "auth", "token": token, "protocol": protocol}
 
 
@@ -631,6 +655,8 @@ EVENTS: dict[str, Any] = {
     "`auth`, the token is not valid yet": auth(starts=1e5),
     "`auth`, the log has never been reachable": auth(),
     "`auth`, a role that cannot be looked up": {**auth(), "token": make_role_token()},
+    "`auth`, the token was revoked": auth(issued=False),
+    "`auth`, keys that cannot be fetched": {**auth(), "token": signed_jwt({"alg": "RS256", "kid": "new"}, {})},
     "`subscribe`": subscribe("project.*"),
     "`subscribe`, not a pattern": subscribe("project.*.a"),
     "`subscribe`, no grant covers it": subscribe("*"),
@@ -695,6 +721,9 @@ async def test_session_changes_state_as_in_the_table(
             received = await peer.receive()
         elif event.startswith("the role is deleted"):
             peer.client.update_role(None)
+            received = await peer.receive()
+        elif event == "the token is revoked":
+            await replica.revoke_client("alice")
             received = await peer.receive()
         elif event == "the replica begins to stop":
             await replica.drain()

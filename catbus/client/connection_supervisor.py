@@ -447,5 +447,11 @@ class ConnectionSupervisor:
 def _final_error(error: Refused) -> Disconnected:
     if isinstance(error, SignedOut):
         return Disconnected(f"signed out: {error}", CloseCode.UNAUTHENTICATED)
-    code = {ErrorCode.UNAUTHENTICATED: CloseCode.UNAUTHENTICATED, ErrorCode.TOKEN_EXPIRED: CloseCode.TOKEN_EXPIRED}
-    return Disconnected(f"the broker rejected the token: {error}", code.get(error.code))
+    return Disconnected(f"the broker rejected the token: {error}", _CLOSE_CODES.get(error.code))
+
+
+_CLOSE_CODES = {
+    ErrorCode.UNAUTHENTICATED: CloseCode.UNAUTHENTICATED,
+    ErrorCode.TOKEN_EXPIRED: CloseCode.TOKEN_EXPIRED,
+    ErrorCode.REVOKED: CloseCode.REVOKED,
+}

@@ -95,6 +95,6 @@ def decide_by_token_error(error: Refused) -> ReconnectDecision:
     """Decide by the error for a rejected token."""
     if isinstance(error, SignedOut):
         return ReconnectDecision.FINAL
-    if error.code is ErrorCode.TOKEN_EXPIRED:
+    if error.code in (ErrorCode.TOKEN_EXPIRED, ErrorCode.REVOKED):
         return ReconnectDecision.NEW_TOKEN
     return ReconnectDecision.RETRY if error.code in RETRYABLE else ReconnectDecision.FINAL

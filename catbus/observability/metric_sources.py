@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
+from ..auth.jwt_keys import KeySetStatistics
 from ..delivery.fan_out import DeliveryStatistics
 from ..delivery.flusher import FlushStatistics
 from ..endpoints.http.http_endpoint import HttpEndpoint, HttpEndpointStatistics
@@ -75,3 +76,8 @@ def of_quic(read: Callable[[QuicEndpointStatistics], Reading]) -> Callable[[Metr
 def of_postgres(read: Callable[[PostgresStatistics], Reading]) -> Callable[[MetricSources], Reading]:
     """Read a value of the log, if it is in PostgreSQL."""
     return lambda sources: None if sources.postgres is None else read(sources.postgres)
+
+
+def of_key_sets(read: Callable[[KeySetStatistics], float]) -> Callable[[MetricSources], Reading]:
+    """Read a value of the key sets; 0 if none are fetched."""
+    return lambda sources: 0.0 if sources.replica.key_sets is None else read(sources.replica.key_sets.statistics())

@@ -16,7 +16,7 @@ from ..postgres.log import PostgresStatistics
 from ..version import version
 from .histogram import Histogram
 from .loggers import dropped_log_lines
-from .metric_sources import MetricSources, Reading, by_transport, of_postgres, of_quic, of_websocket
+from .metric_sources import MetricSources, Reading, by_transport, of_key_sets, of_postgres, of_quic, of_websocket
 
 STATES = "starting", "ready", "degraded", "draining"
 
@@ -173,6 +173,23 @@ SECTIONS: dict[str, tuple[MetricDeclaration, ...]] = {
                 reason.value: s.replica.runtime_statistics.rejected_tokens[reason] for reason in RejectionReason
             },
             "reason",
+        ),
+        gauge("catbus_revocations", "Clients with revoked tokens.", lambda s: len(s.replica.revocations)),
+        counter(
+            "catbus_sessions_revoked_total",
+            "Sessions closed because their token was revoked.",
+            lambda s: s.replica.revocations.closed,
+        ),
+        counter("catbus_key_set_fetches_total", "Fetches of JWT key sets.", of_key_sets(lambda found: found.fetches)),
+        counter(
+            "catbus_key_set_fetch_failures_total",
+            "Fetches of JWT key sets that failed. The last keys stay in use.",
+            of_key_sets(lambda found: found.failures),
+        ),
+        gauge(
+            "catbus_key_set_age_seconds",
+            "Time since the oldest JWT key set was fetched, or since the start.",
+            of_key_sets(lambda found: found.age),
         ),
         counter(
             "catbus_internal_errors_total",

@@ -28,6 +28,7 @@ from .maintenance.log_retention import LogRetention
 from .maintenance.schedule import MaintenanceSchedule
 from .maintenance.vacuum import Vacuum
 from .outbox_relay import OutboxRelay
+from .revocations.stored_revocations import StoredRevocations
 from .roles.role_changes import RoleChanges
 from .roles.role_lookup import RoleLookup
 
@@ -127,6 +128,7 @@ class PostgresLog:
         self._role_changes = RoleChanges()
         self.roles = RoleLookup(self._connect_verified, self._role_changes)
         """Looks up role tokens while the log runs."""
+        self.revocations = StoredRevocations(self._connect_verified)
         self._server = ""
         self._bridge: Bridge | None = None
         self._tasks = ReconnectingTasks("schema", "listener", "writer", "reader")
@@ -138,6 +140,7 @@ class PostgresLog:
             lambda: self._writer.pid,
             self._relay,
             self._role_changes,
+            self.revocations,
             lossless=settings.failover == "lossless",
         )
         self._reader = LogReader(self._connect_verified)
@@ -337,6 +340,7 @@ class PostgresLog:
                 nursery.start_soon(self._tasks.run, "listener", self._listener.run)
                 nursery.start_soon(self._tasks.run, "writer", self._writer.run)
                 nursery.start_soon(self._tasks.run, "reader", self._read_missing)
+                nursery.start_soon(self._tasks.run, "revocations", self.revocations.follow)
                 nursery.start_soon(self._tasks.run, "relay", self._relay.run)
                 nursery.start_soon(self._tasks.run, "outbox", self._outbox_relay.run)
                 nursery.start_soon(self._tasks.run, "maintenance", partial(self._maintenance.run, describe))

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import time
+from dataclasses import replace
 from typing import Any
 
 import trio
 
 from ..auth.grants import Identity, client_of
+from ..auth.jwt_keys import KeySetSource
+from ..auth.revocations import Revocations
 from ..auth.role_tokens import RoleSource, role_handle, role_key
-from ..auth.token_errors import RejectionReason, TokenRejected, format_time
+from ..auth.token_errors import RejectionReason, TokenRejected, UnknownKey, format_time
 from ..auth.tokens import Authenticator
 from ..close_codes import CloseCode
 from ..error_codes import ErrorCode
@@ -26,14 +29,16 @@ logger = get_logger("catbus.replica")
 class Authentication:
     """Verifies tokens: by the hook `authenticate`, or as one of the broker's own.
 
-    Without `roles`, role tokens are rejected. A `client_id` has at most `max_client_id` bytes. A token that expires is
-    accepted for `leeway` more seconds.
+    Without `roles`, role tokens are rejected, and without `key_sets` no keys are fetched. A `client_id` has at most
+    `max_client_id` bytes. A token that expires is accepted for `leeway` more seconds.
     """
 
     def __init__(
         self,
         authenticator: Authenticator,
         roles: RoleSource | None,
+        revocations: Revocations,
+        key_sets: KeySetSource | None,
         cpu_scheduler: CpuScheduler,
         statistics: RuntimeStatistics,
         max_client_id: int,
@@ -42,6 +47,8 @@ class Authentication:
     ) -> None:
         self._authenticator = authenticator
         self._roles = roles
+        self._revocations = revocations
+        self._key_sets = key_sets
         self._cpu_scheduler = cpu_scheduler
         self._statistics = statistics
         self._max_client_id = max_client_id
@@ -53,17 +60,20 @@ class Authentication:
     async def verify(self, token: str, network: str = "", transport: str = "http") -> Identity:
         """Return the identity of a token that came from this network. Raises `PeerError` that closes.
 
-        Looking up a role waits for the database, and a hook for whatever it needs, for seconds at most. A valid token
-        gives the client its share of the CPU.
+        It waits for seconds at most: for the hook, for the lookup of a role, for the key sets of issuers if a key is
+        unknown, and at the start of the replica for the revocations. A valid token gives the client its share of the
+        CPU.
         """
         try:
+            await self._know_revocations()
             identity = await self._call_hook(token, ClientInfo(None, transport, network))
             if identity is None:
                 key = role_key(token)
                 if key is None or self._roles is None:
-                    identity = self._authenticator.verify(token, time.time())
+                    identity = await self._verify_signed(token)
                 else:
                     identity = await self._find_role(self._roles, key)
+            self._revocations.check(identity.client_id, identity.issued)
             longest = self._max_client_id
             if identity.client_id is not None and len(identity.client_id.encode()) > longest:
                 raise TokenRejected(
@@ -88,6 +98,7 @@ class Authentication:
         """Return the identity that the hook finds. It never gets the admin key, which works without it."""
         if self._authenticator.is_admin_key(token):
             return None
+        asked = time.time()
         try:
             identity = await self._hooks.authenticate(token, client)
         except RefusedByHook as error:
@@ -108,7 +119,30 @@ class Authentication:
                 close=CloseCode.TOKEN_EXPIRED,
                 subject=identity.client_id,
             )
-        return identity
+        # The program may not know of a revocation that came meanwhile.
+        return None if identity is None else replace(identity, issued=asked)
+
+    async def _verify_signed(self, token: str) -> Identity:
+        """Verify a token that is not a role token, and fetch key sets if its key is unknown."""
+        try:
+            return self._authenticator.verify(token, time.time())
+        except UnknownKey:
+            if self._key_sets is None:
+                raise
+        for fetch in (self._key_sets.finish, self._key_sets.refresh):
+            complete = await fetch()
+            try:
+                return self._authenticator.verify(token, time.time())
+            except UnknownKey:
+                if complete:
+                    raise
+        raise PeerError(ErrorCode.UNAVAILABLE, "the keys of an issuer cannot be fetched", CloseCode.UNAVAILABLE)
+
+    async def _know_revocations(self) -> None:
+        try:
+            await self._revocations.wait_known()
+        except Unavailable as error:
+            raise PeerError(ErrorCode.UNAVAILABLE, str(error), CloseCode.UNAVAILABLE) from None
 
     async def _find_role(self, roles: RoleSource, key: bytes) -> Identity:
         try:

@@ -203,16 +203,30 @@ class SessionDriver:
             return False
         self._revoke(session.update_grants(grants), before, grants)
         if not same:
-            reason = "the role was deleted" if identity is None else "the role is another client's now"
-            session.send(wire.Error(reason, ErrorCode.REVOKED))
-            self.close(CloseCode.REVOKED, reason)
+            self._close_revoked("the role was deleted" if identity is None else "the role is another client's now")
         return True
+
+    def revoke_token(self) -> None:
+        """Deliver nothing more, and close, because the session's token was revoked.
+
+        The subscriptions do not end with `revoked`: a client that has another token resumes them.
+        """
+        session = self.session
+        if not session.closed and session.identity is not None:
+            before = session.identity.grants
+            self._withdraw(session.update_grants(Grants()), before, Grants())
+            self._close_revoked("the token was revoked")
+
+    def _close_revoked(self, reason: str) -> None:
+        self.session.send(wire.Error(reason, ErrorCode.REVOKED))
+        self.close(CloseCode.REVOKED, reason)
 
     def end(self) -> None:
         """End the session, because its connection has ended. Call it once or more."""
         self._ended = True
         self._on_ended(self)
         self._services.permissions.remove(self)
+        self._services.revocations.remove(self)
         if self._counted:
             self._counted = False
             self._services.client_usages.remove_session(self.session.usage)
@@ -348,6 +362,7 @@ class SessionDriver:
         self._unauthenticated.release()
         self._deadline.deadline = session.deadline
         services.permissions.add(self, identity.role, changes)
+        services.revocations.add(self, identity.client_id, identity.issued)
         self._revoke(revoked, before, identity.grants)
         self.send_goaway()
 
@@ -408,6 +423,16 @@ class SessionDriver:
     def _revoke(self, patterns: Sequence[str], before: Grants, grants: Grants) -> None:
         """End these subscriptions, and withdraw the pending publishes that the new grants do not allow."""
         session = self.session
+        ended = self._withdraw(patterns, before, grants)
+        for pattern, subscription in ended.items():
+            session.revoked(pattern, self._services.delivery.position, subscription.send_queue)
+            self._end_stream(subscription)
+        if ended and not session.subscriptions and session.protocol is ProtocolVersion.EVENTS:
+            self.close(CloseCode.REVOKED, "the permission for each pattern was withdrawn")
+
+    def _withdraw(self, patterns: Sequence[str], before: Grants, grants: Grants) -> dict[str, Subscription]:
+        """Remove these subscriptions and their messages, and the pending publishes that the new grants do not allow."""
+        session = self.session
         ended = {p: subscription for p in patterns if (subscription := self._remove_subscription(p)) is not None}
         revoked: dict[SendQueue, set[str]] = {}
         for pattern, subscription in ended.items():
@@ -415,11 +440,6 @@ class SessionDriver:
         for subscription in dict.fromkeys(ended.values()):
             if (dropped := revoked.pop(subscription.send_queue, None)) is not None:
                 subscription.send_queue.revoke(dropped, subscription.patterns)
-        for pattern, subscription in ended.items():
-            session.revoked(pattern, self._services.delivery.position, subscription.send_queue)
-            self._end_stream(subscription)
-        if ended and not session.subscriptions and session.protocol is ProtocolVersion.EVENTS:
-            self.close(CloseCode.REVOKED, "the permission for each pattern was withdrawn")
         if session.pending and grants.write != before.write:
             rejection = Rejected(ErrorCode.UNAUTHORIZED, "no write grant covers this channel any more")
             self._services.log.withdraw(
@@ -427,6 +447,7 @@ class SessionDriver:
                 lambda append: append.owner is session and not grants.may_write(append.channel),
                 rejection,
             )
+        return ended
 
     def _handle_stopped(self, pattern: str, send_queue: SendQueue) -> None:
         """End a subscription whose own stream was stopped by the peer, or was not read for too long."""

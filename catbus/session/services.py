@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from ..auth.live_permissions import LivePermissions
+from ..auth.revocations import Revocations
 from ..config import Config
 from ..delivery.fan_out import Delivery
 from ..delivery.flusher import Flusher
@@ -32,6 +33,7 @@ class SessionServices:
     publisher: Publisher
     hooks: Hooks
     permissions: LivePermissions
+    revocations: Revocations
     publish_rates: PublishRateLimits
     client_usages: ClientUsages
     unauthenticated: UnauthenticatedPeers

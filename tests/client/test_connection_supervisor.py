@@ -523,7 +523,8 @@ def lasting(seconds: float) -> str:
     return sign("s", client_id="alice", grants=Grants.ALL, expires=int(time.time() + seconds))
 
 
-async def test_token_function_is_called_for_each_connection(autojump_clock: MockClock) -> None:
+@pytest.mark.parametrize("code", ["token_expired", "revoked"])
+async def test_token_function_is_called_for_each_connection(code: str, autojump_clock: MockClock) -> None:
     tokens = iter(["one", "two", "three", "four"])
 
     async def token() -> str:
@@ -531,7 +532,7 @@ async def test_token_function_is_called_for_each_connection(autojump_clock: Mock
 
     async def refuse(peer: Peer) -> None:
         seen.append((await peer.expect("auth"))["token"])
-        await peer.send({"type": "auth_error", "message": "over", "code": "token_expired"})
+        await peer.send({"type": "auth_error", "message": "over", "code": code})
 
     async def last(peer: Peer) -> None:
         seen.append((await peer.admit())["token"])

@@ -91,6 +91,7 @@ class Model:
                     same,
                     same,
                     "",
+                    "",
                     None,
                     0,
                     1,

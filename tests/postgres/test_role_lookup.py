@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager, suppress
+from dataclasses import replace
 from functools import partial
 
 import pytest
@@ -38,7 +39,16 @@ async def looking_up(url: str) -> AsyncIterator[RoleLookup]:
 
 
 async def look_up(lookup: RoleLookup, key: bytes) -> Identity | None:
-    return (await lookup.find([key])).get(key)
+    """The identity of a role, without the time of its creation."""
+    found = (await lookup.find([key])).get(key)
+    return None if found is None else replace(found, issued=0.0)
+
+
+async def test_role_counts_as_issued_when_it_was_created(database_url: str) -> None:
+    async with looking_up(database_url) as lookup, open_roles(DatabaseSettings(url=database_url)) as roles:
+        token, role = await roles.create("ci", GRANTS)
+        key = key_of(token)
+        assert (await lookup.find([key]))[key].issued == role.created.timestamp() > 0
 
 
 def key_of(token: str) -> bytes:

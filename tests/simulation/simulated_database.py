@@ -22,6 +22,7 @@ from catbus.postgres.follow import fingerprints, log_reader
 from catbus.postgres.listen import notification_listener
 from catbus.postgres.maintenance import heartbeat, log_retention, vacuum
 from catbus.postgres.notifications.encryption import LOG_CHANNEL, ROLES_CHANNEL, NotificationKeys
+from catbus.postgres.revocations import stored_revocations
 from catbus.protocol.channels import ERASED, matches
 
 from .case_runner import POISON
@@ -248,6 +249,7 @@ class SimulatedDatabase:
                 None if same is None else True,
                 same,
                 "",
+                "",
                 None,
                 state.erasure,
                 self.server,
@@ -331,6 +333,9 @@ _STATEMENTS: dict[str, Callable[..., list[Row]]] = {
     notification_listener._NEW_EPOCH: SimulatedDatabase._new_epoch,
     notification_listener._EPOCHS: SimulatedDatabase._epochs,
     notification_listener._READ_SECRET: lambda *_: [(SECRET,)],
+    stored_revocations._OLDEST: lambda *_: [(0,)],
+    stored_revocations._READ_PAGE: lambda *_: [],
+    stored_revocations._READ_CHANGED: lambda *_: [(0, 0, None, None)],
     ephemeral_relay._NOTIFY: SimulatedDatabase._notify_all,
     outbox_relay._PENDING: lambda self, _: [(bool(self.state.outbox),)],
     outbox_relay._ROTATE: lambda *_: [],

@@ -15,7 +15,7 @@ ERROR_STATUSES = {
     ErrorCode.TOKEN_EXPIRED: 401,
     ErrorCode.TOKEN_NOT_VALID_YET: 503,
     ErrorCode.UNAUTHORIZED: 403,
-    ErrorCode.REVOKED: 403,
+    ErrorCode.REVOKED: 401,
     ErrorCode.TOO_LARGE: 413,
     ErrorCode.RATE_LIMITED: 429,
     ErrorCode.LIMIT: 429,

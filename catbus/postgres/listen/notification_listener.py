@@ -26,6 +26,7 @@ from ..notifications.encryption import (
     ForgedNotificationError,
     NotificationKeys,
 )
+from ..revocations.stored_revocations import StoredRevocations
 from ..roles.role_changes import RoleChanges
 from .forged_notifications import ForgedNotifications
 from .polling_interval import PollingInterval
@@ -48,7 +49,7 @@ _STANDBY = "SELECT pg_is_in_recovery()"
 _READ_SECRET = "SELECT h.notification_secret FROM catbus.head AS h"
 _POLL = (
     "SELECT epoch, head, floor, fingerprint, standby, same_system, same_timeline, role_version, "
-    "deleted_ranges_version, erasure, pg_postmaster_start_time(), "
+    "revocation_version, deleted_ranges_version, erasure, pg_postmaster_start_time(), "
     "extract(epoch FROM clock_timestamp())::double precision "
     "FROM catbus.poll($1)"
 )
@@ -73,6 +74,7 @@ class _PollResult(NamedTuple):
     same_system: bool | None
     same_timeline: bool | None
     role_version: str
+    revocation_version: str
     deleted_ranges_version: int | None
     erasure: int
     server: object
@@ -95,6 +97,7 @@ class NotificationListener:
         own_pid: Callable[[], int],
         relay: EphemeralRelay,
         role_changes: RoleChanges,
+        revocations: StoredRevocations,
         *,
         lossless: bool = False,
     ) -> None:
@@ -113,6 +116,7 @@ class NotificationListener:
         self._own_pid = own_pid
         self._relay = relay
         self._role_changes = role_changes
+        self._revocations = revocations
         self._lossless = lossless
         self._received: deque[Callable[[], None]] = deque()
         self._has_received = trio.Event()
@@ -348,6 +352,7 @@ class NotificationListener:
                 tail.floor = result.floor
                 tail.server = result.server
                 self._role_changes.note_version(result.epoch, result.role_version)
+                self._revocations.note_version(result.epoch, result.revocation_version)
                 if await self.deleted_ranges.update(connection, result.deleted_ranges_version, result.floor):
                     # Repaired ranges are gaps for all subscriptions, even if their entries are still in memory.
                     tail.recent.forget(min(self.deleted_ranges.report.repaired, tail.applied))

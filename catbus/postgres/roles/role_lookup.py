@@ -103,4 +103,7 @@ class RoleLookup:
 
     async def _fetch(self, keys: Sequence[bytes]) -> dict[bytes, Identity]:
         roles = map(role_from_row, await self._connection.fetch(_FIND, keys, timeout=LOOKUP_TIMEOUT))
-        return {role.key: Identity(role.client_id, role.grants, None, role=role.key) for role in roles}
+        return {
+            role.key: Identity(role.client_id, role.grants, None, role=role.key, issued=role.created.timestamp())
+            for role in roles
+        }

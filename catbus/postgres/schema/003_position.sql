@@ -44,12 +44,13 @@ $$;
 -- same_system             the epoch began in this cluster, or in one from which it was copied file by file
 -- same_timeline           there was no failover since, and no restore to a point in time
 -- role_version            differs after every change of roles
+-- revocation_version      differs after every change of catbus.revocations
 -- deleted_ranges_version  differs after every change of catbus.deleted_ranges; null while that is empty
 -- erasure                 the number of the newest erasure. All entries that it and earlier ones have erased are at or
 --                         below `head`
 CREATE FUNCTION catbus.poll(seq bigint) RETURNS TABLE (
     epoch text, head bigint, floor bigint, fingerprint bytea, standby boolean, same_system boolean,
-    same_timeline boolean, role_version text, deleted_ranges_version bigint, erasure bigint
+    same_timeline boolean, role_version text, revocation_version text, deleted_ranges_version bigint, erasure bigint
 )
 LANGUAGE plpgsql
 AS $$
@@ -61,6 +62,7 @@ BEGIN
     fingerprint := catbus.fingerprint(poll.seq);
     SELECT p.epoch, p.head, p.floor INTO epoch, head, floor FROM catbus.position() AS p;
     SELECT md5(string_agg(c.id::text, ' ' ORDER BY c.id)) INTO role_version FROM catbus.role_changes AS c;
+    SELECT md5(string_agg(c.id::text, ' ' ORDER BY c.id)) INTO revocation_version FROM catbus.revocation_changes AS c;
     SELECT max(d.change) INTO deleted_ranges_version FROM catbus.deleted_ranges AS d;
     IF NOT standby THEN
         SELECT e.system_identifier = c.system_identifier, e.timeline = c.timeline

@@ -13,7 +13,7 @@ CREATE SEQUENCE catbus.reached_seq MINVALUE 0 START 0 CACHE 1;
 -- Returns all others: the report, its age in seconds, how much of the notification queue is in use (0 to 1), and how
 -- many roles there are. The caller's own row comes first.
 --
--- It also records the head, and compacts catbus.role_changes.
+-- It also records the head, compacts catbus.role_changes, and forgets revocations.
 CREATE FUNCTION catbus.heartbeat(own_id text, own_report text)
 RETURNS TABLE (id text, age double precision, report text, queue double precision, roles bigint)
 LANGUAGE plpgsql
@@ -24,6 +24,7 @@ BEGIN
     ON CONFLICT (id) DO UPDATE SET last_heartbeat = excluded.last_heartbeat, report = excluded.report;
     DELETE FROM catbus.replicas AS r WHERE r.last_heartbeat < clock_timestamp() - interval '1 minute';
     PERFORM catbus.compact_role_changes();
+    PERFORM catbus.forget_revocations();
     PERFORM setval('catbus.reached_seq', p.head)
     FROM catbus.position() AS p CROSS JOIN catbus.reached_seq AS s WHERE p.head > s.last_value;
     RETURN QUERY

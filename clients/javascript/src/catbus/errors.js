@@ -56,6 +56,9 @@ const FINAL = new Set(
   'bad_message unauthenticated unauthorized invalid_channel invalid_pattern too_large token_expired revoked limit'.split(' '),
 );
 
+/** Codes after which another token may be accepted. */
+const RENEWABLE = new Set(['token_expired', 'revoked']);
+
 /** Close codes of WebSocket for a message that must not be sent again (section 11). */
 const PROTOCOL_ERROR_CODES = new Set([1002, 1003, 1007, 1009]);
 
@@ -71,7 +74,7 @@ export function isFinal(why, renewable) {
     const { closeCode = 0 } = why;
     return why.final || (!renewable && closeCode >= 4400 && closeCode < 4500);
   }
-  return why instanceof RefusedError && FINAL.has(why.code) && !(renewable && why.code === 'token_expired');
+  return why instanceof RefusedError && FINAL.has(why.code) && !(renewable && RENEWABLE.has(why.code));
 }
 
 /** Anything that was thrown, as an error. @param {unknown} thrown @returns {Error} */
