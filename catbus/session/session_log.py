@@ -1,7 +1,7 @@
 """One log line when a session opens, closes or is refused. Their logger is `catbus.sessions`.
 
-A client can open and close sessions as fast as it likes, and writing a line takes about a tenth of the time of
-connecting. So the lines are limited, of each client and in all. Lines that were left out are counted in a later one.
+A client can open and close sessions as fast as it likes, and writing both lines takes about a tenth of the CPU time of
+the session. So the lines are limited, of each client and in all. Lines that were left out are counted in a later one.
 """
 
 from __future__ import annotations
