@@ -51,6 +51,7 @@ from catbus.session.session_log import (
     SessionLog,
 )
 from tests.brokers import CONFIG, SECRET, running
+from tests.endpoints.event_source import events as event_source
 from tests.test_both_transports import running as running_both_transports
 from tests.test_replica import objects, open_client
 from tests.test_specification import blocks, quoted, section, table
@@ -163,6 +164,35 @@ async def test_open_and_close_of_a_session_are_published(tmp_path: Path, transpo
         duration = closed["duration"]
         assert closed == {"event": "close", **common, **closing, "at": closed["at"], "duration": duration}
         assert 0 <= duration <= 60
+
+
+async def test_open_and_close_of_an_event_stream_are_published() -> None:
+    """Also of one that its grants do not allow: its token was valid."""
+    async with running(EVENTS) as (broker, address):
+        async with event_source(address, "pattern=a", token=token("alice")) as source:
+            await broker.publish("a", 1)
+            assert len(await source.seqs(1)) == 1
+        narrow = token("bob", Grants(("b",), ()))
+        async with event_source(address, "pattern=a", token=narrow) as source:
+            assert source.status == 403
+        found = await read_events(broker, 4)
+    assert {event["transport"] for event in found} == {"sse"}
+    assert [(event["client_id"], event["event"]) for event in found] == [
+        (client_id, event) for client_id in ("alice", "bob") for event in ("open", "close")
+    ]
+    closed, refused = found[1], found[3]
+    assert (closed["code"], closed["messages_out"]) == (None, 1)
+    assert (refused["code"], refused["reason"]) == (4000, "no read grant covers this pattern")
+
+
+async def test_log_has_a_line_when_an_event_stream_is_refused(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO, "catbus.sessions")
+    bad = sign("another secret of the tests", client_id="eve", grants=Grants.ALL)
+    async with running() as (_, address), event_source(address, "pattern=a", token=bad) as source:
+        assert source.status == 401
+    [line] = lines(caplog)
+    assert (line["event"], line["transport"], line["code"]) == ("session refused", "sse", 4001)
+    assert bad not in repr([vars(record) for record in caplog.records])
 
 
 async def test_nothing_is_published_unless_it_is_configured() -> None:

@@ -375,9 +375,14 @@ class SessionDriver:
         """
         services, session = self._services, self.session
         session.protocol = ProtocolVersion.EVENTS
-        await self._authenticate(token)
-        session.check_subscribe(patterns)
-        services.client_usages.check_subscriptions(session.usage, len(patterns))
+        try:
+            await self._authenticate(token)
+            session.check_subscribe(patterns)
+            services.client_usages.check_subscriptions(session.usage, len(patterns))
+        except PeerError as error:
+            # The client has it from the HTTP response. The log and session events have it from here.
+            session.close(error.close or CloseCode.BAD_MESSAGE, error.message)
+            raise
         # A stream has no producer: what it filtered would come after it was resumed.
         subscription = Subscription(self.send_queue)
         session.subscriptions.update(dict.fromkeys(patterns, subscription))
