@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from pathlib import Path
+from typing import Any
 from urllib.parse import urlsplit
 
 import msgspec
@@ -18,6 +19,7 @@ from catbus.client.websocket_transport import open_websocket
 from catbus.client.webtransport_transport import make_configuration, open_webtransport
 from catbus.config import DatabaseSettings
 from catbus.postgres.maintenance.erasure import ErasureReport, Selection, erase
+from tests.endpoints.event_source import events
 from tests.postgres.processes import Replica, open_replicas, token
 from tests.postgres.sql import open_sql
 
@@ -49,35 +51,49 @@ class Subscriber:
         self.reading = trio.Event()
 
     async def run(self, since: int | None, *, task_status: trio.TaskStatus[None]) -> None:
+        receive = self._receive_events if self._kind == "sse" else self._receive_lines
+        await receive(since, task_status)
+
+    async def _receive_events(self, since: int | None, task_status: trio.TaskStatus[None]) -> None:
+        query = "pattern=*" + ("" if since is None else f"&since={since}")
+        async with events(urlsplit(self._replica.url).netloc, query, token=token("reader")) as source:
+            assert source.status == 200
+            task_status.started()
+            while True:
+                await self.reading.wait()
+                event = await source.next()
+                self._note(event.type, event.data)
+
+    async def _receive_lines(self, since: int | None, task_status: trio.TaskStatus[None]) -> None:
         transport = await dial(self._replica, self._kind, self._state)
         async with trio.open_nursery() as nursery:
             if isinstance(transport, DrivenTransport):
                 nursery.start_soon(transport.run)
             try:
-                await self._receive(transport, since, task_status)
+                subscribe = {"type": "subscribe", "pattern": "*"} | ({} if since is None else {"since": since})
+                for request in ({"type": "auth", "token": token("reader"), "protocol": 1}, subscribe):
+                    await transport.send(msgspec.json.encode(request) + b"\n")
+                begun: defaultdict[int, bytes] = defaultdict(bytes)
+                while True:
+                    await self.reading.wait()
+                    chunk = await transport.receive()
+                    if transport.pending:
+                        await transport.send(b"")
+                    *lines, begun[chunk.stream] = (begun[chunk.stream] + chunk.data).split(b"\n")
+                    for line in lines:
+                        reply = msgspec.json.decode(line)
+                        if reply["type"] == "subscribed":
+                            task_status.started()
+                        self._note(reply["type"], reply)
             finally:
                 await transport.aclose()
 
-    async def _receive(self, transport: Transport, since: int | None, task_status: trio.TaskStatus[None]) -> None:
-        subscribe = {"type": "subscribe", "pattern": "*"} | ({} if since is None else {"since": since})
-        for request in ({"type": "auth", "token": token("reader"), "protocol": 1}, subscribe):
-            await transport.send(msgspec.json.encode(request) + b"\n")
-        begun: defaultdict[int, bytes] = defaultdict(bytes)
-        while True:
-            await self.reading.wait()
-            chunk = await transport.receive()
-            if transport.pending:
-                await transport.send(b"")
-            *lines, begun[chunk.stream] = (begun[chunk.stream] + chunk.data).split(b"\n")
-            for line in lines:
-                reply = msgspec.json.decode(line)
-                if reply["type"] == "subscribed":
-                    task_status.started()
-                elif reply["type"] == "message":
-                    self.seqs.append(reply["seq"])
-                    self._changed.set()
-                elif reply["type"] == "gap":
-                    self.gaps.append(reply)
+    def _note(self, kind: str, reply: Any) -> None:
+        if kind == "message":
+            self.seqs.append(reply["seq"])
+            self._changed.set()
+        elif kind == "gap":
+            self.gaps.append(reply)
 
     async def wait_for(self, seq: int) -> None:
         while not self.seqs or self.seqs[-1] < seq:
@@ -98,7 +114,7 @@ async def wait_erased(replica: Replica) -> None:
         await trio.sleep(0.01)
 
 
-@pytest.mark.parametrize("transport", ["websocket", "webtransport"])
+@pytest.mark.parametrize("transport", ["websocket", "webtransport", "sse"])
 async def test_nobody_receives_what_was_erased_and_nobody_misses_anything_else(
     database_url: str, transport: str, tmp_path: Path
 ) -> None:

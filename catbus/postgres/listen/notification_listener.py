@@ -370,11 +370,11 @@ class NotificationListener:
         """Erase from memory what was erased from the log since the last poll."""
         newest = result.epoch, result.erasure
         if self._erasure is not None and self._erasure != newest:
-            self.erasures += 1
             lowest = self._tail.begin_erasure(result.head)
             (seqs,) = await connection.fetchrow(_ERASED_SEQS, lowest - 1, result.head, timeout=POLL_TIMEOUT)
             for _ in self._tail.erase(frozenset(seqs)):
                 await trio.lowlevel.checkpoint()
+            self.erasures += 1
         self._erasure = newest
 
     async def _is_followed(
