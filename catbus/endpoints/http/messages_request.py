@@ -17,6 +17,7 @@ from ...protocol.channels import check_pattern
 from ...protocol.wire_messages import Number
 from ..replica_interface import ReplicaInterface
 from .error_responses import error_response
+from .formats import CURSOR, PATTERN
 from .http_request import HttpRequest, request_token
 from .http_response import HttpResponse, json_response
 from .query import ACCESS_TOKEN, convert_parameters, format_cursor, parse_query, since
@@ -31,15 +32,12 @@ RECHECK_AFTER = 0.1
 class MessagesQuery(Struct):
     """The query of `GET /messages`. `since` and `before` exclude each other, and so do `wait` and `before`."""
 
-    pattern: Annotated[list[str], Meta(min_length=1, description="Messages that match any of these patterns.")]
+    pattern: Annotated[
+        list[Annotated[str, Meta(extra_json_schema=PATTERN)]],
+        Meta(min_length=1, description="Messages that match any of these patterns. It may be repeated."),
+    ]
     since: (
-        Annotated[
-            str,
-            Meta(
-                pattern=r"^[0-9]{1,18}(\.[0-9a-zA-Z_-]{1,64})?$",
-                description="Read forward after this cursor, or after this seq.",
-            ),
-        ]
+        Annotated[str, Meta(description="Read forward after this cursor, or after this seq.", extra_json_schema=CURSOR)]
         | UnsetType
     ) = UNSET
     epoch: Annotated[str, Meta(description="The epoch of `since`, if that is a seq.")] | UnsetType = UNSET
