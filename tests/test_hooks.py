@@ -18,7 +18,7 @@ from trio.testing import MockClock, wait_all_tasks_blocked
 
 import catbus
 from catbus import AuthenticatedClient, ClientInfo, CloseCode, Config, ErrorCode, Refused, Replacement
-from catbus.auth.grants import Grants, Identity
+from catbus.auth.grants import Grants
 from catbus.auth.tokens import Authenticator, sign
 from catbus.config import AuthSettings, LimitSettings, WebTransportSettings
 from catbus.http import HttpClient
@@ -114,7 +114,10 @@ async def test_authenticate_names_the_client_and_its_permissions(open_replica: O
     }
     [entry], _ = await replica.log.history("a.b", before=None, limit=2)
     assert entry.sender == "bob"
-    assert await replica.authenticate("opaque", "192.0.2.2") == Identity("bob", Grants(("a.*",), ("a.b",)), None)
+    began = time.time()
+    found = await replica.authenticate("opaque", "192.0.2.2")
+    assert (found.client_id, found.grants, found.expires) == ("bob", Grants(("a.*",), ("a.b",)), None)
+    assert began <= found.issued <= time.time(), "for a revocation"
     assert calls[1:] == [("opaque", ClientInfo(None, "http", "192.0.2.2"))]
 
 
