@@ -182,7 +182,7 @@ async def serve(
     `trio.TooSlowError`, or take longer than `hook_timeout` seconds (each of entering and leaving for `on_session`):
     the request is rejected as `unavailable`. After any other exception it is rejected as `internal`. Only refusals are
     not logged. If a session's context ends by itself, the session is closed. A hook is cancelled when the broker is
-    cancelled, and `authenticate` and `on_publish` also when their client's connection is closed.
+    cancelled, and `authenticate` and `on_publish` also when the broker closes their client's connection.
     """
     certificates = None
     if config.certificate_needed:
