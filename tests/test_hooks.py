@@ -362,6 +362,27 @@ async def test_slow_hook_of_one_client_delays_no_other(
     assert await payloads(replica) == [1, 2]
 
 
+async def test_connection_whose_hook_waits_delays_no_other_connection() -> None:
+    waiting, release = trio.Event(), trio.Event()
+
+    async def on_publish(client: ClientInfo, channel: str, payload: Any) -> None:
+        if payload == "slow":
+            waiting.set()
+            await release.wait()
+
+    async with (
+        running(on_publish=on_publish) as (_, address),
+        catbus.connect(f"ws://{address}/ws", token=TOKEN) as slow,
+        catbus.connect(f"ws://{address}/ws", token=TOKEN) as fast,
+        trio.open_nursery() as nursery,
+    ):
+        nursery.start_soon(slow.publish, "a", "slow")
+        await waiting.wait()
+        assert [await fast.publish("a", n) for n in range(3)] == [1, 2, 3]
+        assert (await post(address, b'{"channel":"a","payload":1}'))[0] == 200
+        release.set()
+
+
 async def test_ephemeral_publish_passes_the_hook(open_replica: OpenReplica) -> None:
     async def on_publish(client: ClientInfo, channel: str, payload: Any) -> Replacement | None:
         if payload == "bad":
