@@ -21,8 +21,8 @@ FIRST_READ_TIMEOUT = 5.0
 WRITE_TIMEOUT = 5.0
 """Seconds after which storing a revocation fails."""
 
-PAGE_ROWS = 10_000
-"""Rows that are read at once. If more have changed, all are read, page by page."""
+PAGE_ROWS = 2_000
+"""Rows that are read at once, which takes some 5 ms. If more have changed, all are read, page by page."""
 
 MIN_INTERVAL = 0.05
 """Seconds between two readings: repeated notifications cause one in each interval."""
