@@ -32,6 +32,9 @@ class RevocableSession(Protocol):
     def revoke_token(self) -> None:
         """Close, because the token was revoked."""
 
+    def disconnect(self) -> None:
+        """Close, because an administrator wants so. The token stays valid."""
+
 
 class Revocations:
     """The revocations that a replica knows, all in memory, and the sessions that they may close.
@@ -49,6 +52,8 @@ class Revocations:
         self._client_ids: dict[RevocableSession, str] = {}
         self._unchecked: set[str] = set()
         """Clients with sessions that a revocation may close."""
+        self._disconnected: set[str] = set()
+        """Clients whose sessions are to be closed."""
         self._work = trio.Event()
 
     def __len__(self) -> int:
@@ -75,6 +80,18 @@ class Revocations:
         in_force = max(known, before)
         self._put({client_id: in_force})
         return in_force
+
+    async def disconnect(self, client_id: str) -> int:
+        """Close all sessions of a client, on every replica. Return how many this replica has.
+
+        The client may connect again, with the same token. Raises `PeerError` for a client_id that is not possible, and
+        `Unavailable` if the other replicas cannot be told: then no session is closed. Cancelling it leaves open whether
+        sessions are closed.
+        """
+        check_revocation(client_id)
+        await trio.lowlevel.checkpoint()
+        self._disconnect({client_id})
+        return len(self._sessions.get(client_id, ()))
 
     def check(self, client_id: str | None, issued: float) -> None:
         """Raise `TokenRejected` for a token of this client that was issued at this time, if it is revoked."""
@@ -113,8 +130,21 @@ class Revocations:
         while True:
             await self._work.wait()
             self._work = trio.Event()
-            while self._unchecked:
-                await self._close_sessions(self._unchecked.pop())
+            while self._unchecked or self._disconnected:
+                if self._unchecked:
+                    await self._close_sessions(self._unchecked.pop())
+                else:
+                    await self._disconnect_sessions(self._disconnected.pop())
+
+    async def _disconnect_sessions(self, client_id: str) -> None:
+        began = perf_counter()
+        for session in list(self._sessions.get(client_id, ())):
+            # Meanwhile it may have ended.
+            if self._client_ids.get(session) == client_id:
+                session.disconnect()
+            if perf_counter() - began > MAX_CLOSING_TIME:
+                await trio.lowlevel.checkpoint()
+                began = perf_counter()
 
     async def _close_sessions(self, client_id: str) -> None:
         before = self._issued_before.get(client_id, -inf)
@@ -138,6 +168,12 @@ class Revocations:
         """Take all revocations instead of those that are known."""
         self._issued_before = revocations
         self._check_sessions(revocations.keys())
+
+    def _disconnect(self, client_ids: Set[str]) -> None:
+        """Close the sessions of these clients soon."""
+        self._disconnected |= self._sessions.keys() & client_ids
+        if self._disconnected:
+            self._work.set()
 
     def _check_sessions(self, client_ids: Set[str]) -> None:
         self._unchecked |= self._sessions.keys() & client_ids

@@ -107,6 +107,10 @@ class ReplicaInterface(Protocol):
 
     async def disconnect_client(self, client_id: str) -> int: ...
 
+    async def revoke_client(
+        self, client_id: str, issued_before: float | None = None, forget_after: float | None = None
+    ) -> float: ...
+
     async def authenticate(self, token: str, network: str = "") -> Identity: ...
 
     async def publish(

@@ -217,6 +217,10 @@ class SessionDriver:
             self._withdraw(session.update_grants(Grants()), before, Grants())
             self._close_revoked("the token was revoked")
 
+    def disconnect(self) -> None:
+        """Close, because an administrator wants so. The client may connect again."""
+        self.close(CloseCode.DISCONNECTED, "an administrator disconnected the client")
+
     def _close_revoked(self, reason: str) -> None:
         self.session.send(wire.Error(reason, ErrorCode.REVOKED))
         self.close(CloseCode.REVOKED, reason)

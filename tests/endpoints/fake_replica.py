@@ -139,6 +139,11 @@ class FakeReplica:
     async def disconnect_client(self, client_id: str) -> int:
         return 0
 
+    async def revoke_client(
+        self, client_id: str, issued_before: float | None = None, forget_after: float | None = None
+    ) -> float:
+        return issued_before or 0.0
+
     def scrape(self) -> None:
         """Export no metrics."""
 

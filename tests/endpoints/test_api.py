@@ -43,7 +43,7 @@ NAME = f"{socket.gethostname()}:{os.getpid()}"
 ADMIN_KEY = "the-admin-key-of-the-tests"
 
 OPERATIONS = [
-    (method, path.replace("{client_id}", "alice"))
+    (method, path.replace("{client_id}", "somebody"))
     for path, methods in ROUTES.items()
     for method, operation in methods.items()
     if operation.access is Access.ADMINISTRATOR
@@ -385,7 +385,50 @@ async def test_disconnected_client_connects_again_by_itself(server: Server) -> N
 
 @pytest.mark.parametrize("name", ["%00", "a%00", "%", "%f", "%zz", "%ff", "%ed%a0%80", "x" * 10_000])
 async def test_name_that_no_client_can_have_is_rejected(server: Server, name: str) -> None:
-    refused(await request(server.address, f"/api/clients/{name}/disconnect", method="POST"), 400, "bad_message")
+    for action in ("disconnect", "revoke"):
+        refused(await request(server.address, f"/api/clients/{name}/{action}", method="POST"), 400, "bad_message")
+
+
+# Revoking
+
+
+async def revoke(server: Server, client_id: str, body: bytes = b"") -> Response:
+    return await request(server.address, f"/api/clients/{client_id}/revoke", ADMIN_KEY, method="POST", body=body)
+
+
+async def test_tokens_of_a_client_are_revoked(server: Server) -> None:
+    before = time.time()
+    async with (
+        catbus.connect(server.websocket, token=token("alice"), reconnect=False) as bus,
+        catbus.connect(server.websocket, token=token("bob"), reconnect=False) as other,
+        bus.subscribe("a.*") as messages,
+    ):
+        found = json.loads((await revoke(server, "alice")).body)
+        assert found["client_id"] == "alice"
+        assert before - 1 <= found["issued_before"] <= time.time()
+        with pytest.raises(catbus.Disconnected) as ended:
+            await anext(messages)
+        assert ended.value.code == CloseCode.REVOKED
+        await other.ping()
+    refused(await request(server.address, "/api/sessions", token("alice")), 401, "revoked")
+
+
+async def test_time_of_a_revocation_is_given_in_seconds(server: Server) -> None:
+    body = b'{"issued_before": 1000.5, "forget_after": 2000, "more": 1}'
+    assert json.loads((await revoke(server, "bob", body)).body) == {"client_id": "bob", "issued_before": 1000.5}
+    earlier = await revoke(server, "bob", b'{"issued_before": 7}')
+    assert json.loads(earlier.body)["issued_before"] == 1000.5
+    assert json.loads((await revoke(server, "carol", b"{}")).body)["issued_before"] > 1_700_000_000
+
+
+@pytest.mark.parametrize(
+    "body",
+    [b"{", b"[]", b"null", b'"now"', b'{"issued_before": "now"}', b'{"issued_before": -1}', b'{"issued_before": 1e12}',
+     b'{"forget_after": 1e999}', b'{"issued_before": NaN}', b"\xff", b"[" * 100_000],
+)  # fmt: skip
+async def test_wrong_body_revokes_nothing(server: Server, body: bytes) -> None:
+    refused(await revoke(server, "alice", body), 400, "bad_message")
+    assert not len(server.broker.replica.revocations)
 
 
 @pytest.mark.parametrize("path", ["/api/clients//disconnect", "/api/clients/a/b/disconnect", "/api/clients/a", "/api/"])

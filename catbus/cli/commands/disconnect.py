@@ -17,10 +17,10 @@ from ..text_tables import format_name
 @connection_options
 @click.option("--json", "as_json", is_flag=True, help="Write one line of JSON, for scripts.")
 def command(broker: ConnectionOptions, client_id: str, as_json: bool) -> None:
-    """Close all sessions of the client CLIENT_ID on the replica at --url, with the closing code 4505.
+    """Close all sessions of the client CLIENT_ID, on every replica, with the closing code 4505.
 
     It needs the admin key, or a token with read and write grants for `*`. The client may connect again, and most
-    clients do so by themselves.
+    clients do so by themselves: `catbus revoke --client-id` keeps it out.
 
     \b
     Examples:
@@ -34,5 +34,5 @@ def command(broker: ConnectionOptions, client_id: str, as_json: bool) -> None:
         click.echo(to_json(found).decode())
         return
     number = found["sessions"]
-    what = f"closed {number:,} session{'s' * (number != 1)} of" if number else "there was no session of"
-    click.echo(f"{found['replica']}: {what} {format_name(client_id)}")
+    here = f"{number:,} session{'s' * (number != 1)} of {found['replica']}"
+    click.echo(f"disconnected {format_name(client_id)}: {here}, and those of other replicas")

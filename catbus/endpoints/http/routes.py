@@ -14,7 +14,14 @@ from ...errors import PeerError
 from ...protocol import wire_messages as wire
 from ..replica_interface import ReplicaInterface
 from .api.channels import ChannelsQuery, ChannelsReport, list_channels
-from .api.clients import ClientPath, DisconnectReport, disconnect_client
+from .api.clients import (
+    ClientPath,
+    DisconnectReport,
+    RevocationReport,
+    RevokeRequest,
+    disconnect_client,
+    revoke_client,
+)
 from .api.replicas import ReplicasReport, list_replicas
 from .api.sessions import SessionsPage, SessionsQuery, list_sessions
 from .cors import preflight_headers
@@ -235,10 +242,22 @@ ROUTES: dict[str, dict[str, Operation]] = {
         "POST": Operation(
             disconnect_client,
             "Close all sessions of a client",
-            {200: Answer("They are closed with 4505.", DisconnectReport)},
+            {200: Answer("They are closed with 4505, those of other replicas within a second.", DisconnectReport)},
             Access.ADMINISTRATOR,
             "The client may connect again, and the clients of Catbus do so by themselves.",
             path=ClientPath,
+        )
+    },
+    "/api/clients/{client_id}/revoke": {
+        "POST": Operation(
+            revoke_client,
+            "Revoke the tokens of a client that were issued until now, and close the sessions that use them",
+            {200: Answer("Sessions are closed with 4403, those of other replicas within a second.", RevocationReport)},
+            Access.ADMINISTRATOR,
+            "Every replica refuses these tokens from then on, over every transport. The client needs a newer one.",
+            path=ClientPath,
+            body=RevokeRequest,
+            body_required=False,
         )
     },
 }

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from math import inf
 
 import trio
@@ -10,7 +10,7 @@ import trio
 from ...auth.revocations import Revocations, check_revocation
 from ...config import DatabaseSettings
 from ...errors import Unavailable
-from ..access.asyncpg_bridge import DATABASE_ERRORS, DatabaseConnection
+from ..access.asyncpg_bridge import DATABASE_ERRORS, DatabaseConnection, Row
 from ..access.migrations import migrate, open_connection
 from ..access.query_connection import QueryConnection
 from ..access.reconnecting_tasks import ReportProgress
@@ -44,6 +44,12 @@ SELECT pg_snapshot_xmin(s.now)::text::bigint, (SELECT count(*) FROM catbus.revoc
 FROM (SELECT pg_current_snapshot() AS now) AS s
 LEFT JOIN catbus.revocations AS r ON r.changed >= $1 AND r.changed < pg_snapshot_xmax(s.now)::text::bigint
 LIMIT $2
+"""
+_DISCONNECT = "SELECT catbus.disconnect_client($1)"
+_READ_DISCONNECTS = """
+SELECT pg_snapshot_xmin(s.now)::text::bigint, d.client_id, d.changed
+FROM (SELECT pg_current_snapshot() AS now) AS s
+LEFT JOIN catbus.disconnects AS d ON d.changed >= $1 AND d.changed < pg_snapshot_xmax(s.now)::text::bigint
 """
 
 
@@ -79,6 +85,10 @@ class StoredRevocations(Revocations):
         """The epoch of the log whose revocations are in memory."""
         self._oldest = 0
         """The oldest transaction that may not have been visible to the last reading."""
+        self._oldest_disconnect = 0
+        """The same for requests to disconnect."""
+        self._disconnects: dict[str, int] = {}
+        """By client_id, the transactions that have requested to disconnect it, as far as they may be read again."""
 
     def note_version(self, epoch: str, version: str) -> None:
         """A poll has returned the version of the revocations. In another epoch it may be another database."""
@@ -97,16 +107,24 @@ class StoredRevocations(Revocations):
         self, client_id: str, issued_before: float | None = None, forget_after: float | None = None
     ) -> float:
         check_revocation(client_id, issued_before, forget_after)
-        in_force: float | None = None
+        [[in_force]] = await self._store(_REVOKE, client_id, issued_before, forget_after)
+        self._put({client_id: in_force})
+        return float(in_force)
+
+    async def disconnect(self, client_id: str) -> int:
+        check_revocation(client_id)
+        here = len(self._sessions.get(client_id, ()))
+        await self._store(_DISCONNECT, client_id)
+        return here
+
+    async def _store(self, query: str, *arguments: object) -> Sequence[Row]:
+        """Run a statement that writes. Raises `Unavailable` unless the database answers in time."""
         with trio.move_on_after(WRITE_TIMEOUT):
             try:
-                [[in_force]] = await self._connection.fetch(_REVOKE, client_id, issued_before, forget_after)
+                return await self._connection.fetch(query, *arguments)
             except DATABASE_ERRORS as error:
                 raise Unavailable("the database for revocations cannot be reached") from error
-        if in_force is None:
-            raise Unavailable("the database for revocations does not answer")
-        self._put({client_id: in_force})
-        return in_force
+        raise Unavailable("the database for revocations does not answer")
 
     async def follow(self, report_progress: ReportProgress) -> None:
         """Read what has changed, whenever something has, until the connection is lost."""
@@ -125,6 +143,7 @@ class StoredRevocations(Revocations):
     async def _read(self) -> None:
         assert self._version is not None
         epoch, _ = self._version
+        await self._read_disconnects(another=epoch != self._read_epoch)
         if epoch != self._read_epoch or not await self._read_changed():
             await self._read_all()
             self._read_epoch = epoch
@@ -138,6 +157,14 @@ class StoredRevocations(Revocations):
         self._oldest = oldest
         self._put({client_id: before for _, _, client_id, before in rows if client_id is not None})
         return bool(len(self) == number)
+
+    async def _read_disconnects(self, *, another: bool) -> None:
+        """Close the sessions of the clients in new requests. Those in `another` epoch's log were for other sessions."""
+        rows = await self._connection.fetch(_READ_DISCONNECTS, 0 if another else self._oldest_disconnect)
+        found = {client_id: changed for _, client_id, changed in rows if client_id is not None}
+        if not another:
+            self._disconnect({name for name, changed in found.items() if self._disconnects.get(name) != changed})
+        self._oldest_disconnect, self._disconnects = rows[0][0], found
 
     async def _read_all(self) -> None:
         self.reads += 1

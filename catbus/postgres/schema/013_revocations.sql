@@ -93,7 +93,7 @@ COMMENT ON FUNCTION catbus.revoke_client IS 'Revokes the tokens of a client that
 
 -- Delete the rows that no token needs any more, and compact catbus.revocation_changes. Replicas read all rows again after
 -- a deletion, so rows are deleted together, at most once a day. They are kept for a day longer than was asked for:
--- clocks differ.
+-- clocks differ. Also delete the requests to disconnect that are older than an hour.
 CREATE FUNCTION catbus.forget_revocations() RETURNS void
 LANGUAGE plpgsql
 AS $$
@@ -101,6 +101,7 @@ BEGIN
     IF EXISTS (SELECT FROM catbus.revocations AS r WHERE r.forget_after < now() - interval '2 days') THEN
         DELETE FROM catbus.revocations AS r WHERE r.forget_after < now() - interval '1 day';
     END IF;
+    DELETE FROM catbus.disconnects AS d WHERE d.requested < now() - interval '1 hour';
     IF (SELECT count(*) FROM catbus.revocation_changes) > 100 THEN
         DELETE FROM catbus.revocation_changes;
         INSERT INTO catbus.revocation_changes DEFAULT VALUES;
@@ -111,12 +112,48 @@ $$;
 REVOKE ALL ON FUNCTION catbus.stamp_revocation, catbus.note_revocations, catbus.revoke_client, catbus.forget_revocations
     FROM PUBLIC;
 
+-- Requests to disconnect clients. Each replica reads the new rows, and closes the sessions that the client has then; so a
+-- row means nothing for later sessions, and is deleted when all replicas have had time to read it.
+CREATE TABLE catbus.disconnects (
+    client_id text        COLLATE "C" PRIMARY KEY CHECK (octet_length(client_id) BETWEEN 1 AND 2000),
+    requested timestamptz NOT NULL,
+    changed   bigint      NOT NULL DEFAULT 0
+);
+CREATE INDEX disconnects_changed ON catbus.disconnects (changed);
+COMMENT ON TABLE catbus.disconnects IS 'Clients whose sessions are to be closed';
+COMMENT ON COLUMN catbus.disconnects.changed IS 'The transaction that wrote the row last';
+
+CREATE TRIGGER stamp BEFORE INSERT OR UPDATE ON catbus.disconnects
+    FOR EACH ROW EXECUTE FUNCTION catbus.stamp_revocation();
+CREATE TRIGGER note AFTER INSERT OR UPDATE ON catbus.disconnects
+    FOR EACH STATEMENT EXECUTE FUNCTION catbus.note_revocations();
+ALTER TABLE catbus.disconnects ENABLE ALWAYS TRIGGER stamp, ENABLE ALWAYS TRIGGER note;
+
+-- Close all sessions of a client when the transaction commits. It may connect again with the same token.
+CREATE FUNCTION catbus.disconnect_client(client_id text) RETURNS void
+LANGUAGE plpgsql SECURITY DEFINER
+AS $$
+BEGIN
+    IF NOT octet_length(client_id) BETWEEN 1 AND 2000 OR client_id IS NULL THEN
+        RAISE EXCEPTION 'catbus.disconnect_client needs a client_id of 1 to 2000 bytes' USING ERRCODE = '22023';
+    END IF;
+    INSERT INTO catbus.disconnects AS d (client_id, requested)
+    VALUES (disconnect_client.client_id, clock_timestamp())
+    ON CONFLICT ON CONSTRAINT disconnects_pkey DO UPDATE SET requested = excluded.requested;
+END
+$$;
+COMMENT ON FUNCTION catbus.disconnect_client IS 'Closes all sessions of a client';
+
+REVOKE ALL ON FUNCTION catbus.disconnect_client FROM PUBLIC;
+
 -- As in 011_settings.sql.
 DO $$
 DECLARE
     name text;
 BEGIN
-    FOREACH name IN ARRAY ARRAY['stamp_revocation', 'note_revocations', 'revoke_client', 'forget_revocations'] LOOP
+    FOREACH name IN ARRAY ARRAY[
+        'stamp_revocation', 'note_revocations', 'revoke_client', 'forget_revocations', 'disconnect_client'
+    ] LOOP
         EXECUTE format('ALTER FUNCTION catbus.%I SET search_path = pg_catalog, pg_temp
                         SET standard_conforming_strings = on', name);
     END LOOP;

@@ -18,7 +18,7 @@ from ..http_request import HttpRequest, bearer_token
 from ..http_response import HttpResponse, json_response
 from ..operation import Handler
 
-MAX_CLIENT_ID = 1024
+MAX_CLIENT_ID = 2000
 """Characters of a client_id in a request. Those of tokens are shorter by default (`limits.client_id`)."""
 
 ClientId = Annotated[
