@@ -46,15 +46,17 @@ async def wait_equal(revocations: StoredRevocations, expected: dict[str, float])
 
 async def test_later_time_of_two_revocations_is_in_force(database_url: str) -> None:
     async with open_sql(database_url) as sql:
-        for issued_before, forget_after in (
-            ("'2020-01-02'", "'2021-01-01'"),
-            ("'2020-01-01'", "'2022-01-01'"),
-            ("'2020-01-03'", "'2020-02-01'"),
+        for issued_before, forget_after, in_force in (
+            ("2020-01-02", "2021-01-01", "2020-01-02"),
+            ("2020-01-03", "2022-01-01", "2020-01-03"),
+            ("2020-01-01", "2020-02-01", "2020-01-03"),
         ):
-            await sql.fetch(f"SELECT catbus.revoke_client('a', {issued_before}, {forget_after})")
-        assert await sql.fetch(
+            statement = f"SELECT catbus.revoke_client('a', '{issued_before}', '{forget_after}') = '{in_force}'"
+            assert await sql.fetch(statement) == [(True,)]
+        rows = await sql.fetch(
             "SELECT issued_before = '2020-01-03', forget_after = '2022-01-01' FROM catbus.revocations"
-        ) == [(True, True)]
+        )
+        assert rows == [(True, True)]
         await sql.fetch("SELECT catbus.revoke_client('a', '2019-01-01')")
         assert await sql.fetch("SELECT forget_after FROM catbus.revocations WHERE forget_after < 'infinity'") == []
 
@@ -211,8 +213,10 @@ async def test_transaction_that_commits_late_is_not_missed(database_url: str) ->
         await late.execute("BEGIN; SELECT catbus.revoke_client('late', 'infinity')")
         await sql.fetch("SELECT catbus.revoke_client('early', 'infinity')")
         await wait_equal(log.revocations, {"early": inf})
+        reads = log.revocations.reads
         await late.execute("COMMIT")
         await wait_equal(log.revocations, {"early": inf, "late": inf})
+        assert log.revocations.reads == reads, "its row was read alone"
 
 
 async def test_rows_of_another_cluster_are_not_read_again_and_again(database_url: str) -> None:
