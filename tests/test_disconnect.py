@@ -13,6 +13,7 @@ from catbus.close_codes import CloseCode
 from catbus.errors import Unavailable
 from catbus.postgres.listen import polling_interval
 from tests.brokers import request, running
+from tests.endpoints.event_source import events
 from tests.postgres.proxy import open_proxy
 from tests.postgres.sql import open_sql
 from tests.test_revocations import TRANSPORTS, connect, make_token, two_replicas
@@ -28,7 +29,7 @@ async def test_client_is_disconnected_on_every_replica_and_transport(
         monkeypatch.setattr(f"{listener}._receive_role", lambda *_: None)
     else:
         monkeypatch.setattr(polling_interval, "NOTIFIED_INTERVAL", 3600.0)
-    alice, bob = make_token(), make_token("bob")
+    alice, bob, carol = make_token(), make_token("bob"), make_token("carol")
     async with two_replicas(database_url, tmp_path) as brokers, AsyncExitStack() as stack:
         enter = stack.enter_async_context
 
@@ -39,7 +40,7 @@ async def test_client_is_disconnected_on_every_replica_and_transport(
                 for transport in TRANSPORTS
             ]
 
-        async def disconnect(client_id: str) -> None:
+        async def disconnect(client_id: str, number: int = len(TRANSPORTS)) -> None:
             if by == "sql":
                 async with open_sql(database_url) as sql:
                     await sql.fetch(f"SELECT catbus.disconnect_client('{client_id}')")
@@ -47,7 +48,7 @@ async def test_client_is_disconnected_on_every_replica_and_transport(
                 path = f"/api/clients/{client_id}/disconnect"
                 response = await request(brokers[0][1]["http"], path, bob, method="POST")
                 assert response.status == 200
-                assert b'"sessions":2' in response.body
+                assert b'"sessions":%d' % number in response.body
 
         async def wait_disconnected(buses: list[Bus]) -> None:
             for bus in buses:
@@ -57,12 +58,16 @@ async def test_client_is_disconnected_on_every_replica_and_transport(
                 assert ended.value.code == CloseCode.DISCONNECTED
 
         buses, unaffected = await enter_all(alice), await enter_all(bob)
+        streams = [await enter(events(found["http"], "pattern=a.*", token=carol)) for _, found in brokers]
         await disconnect("alice")
         await wait_disconnected(buses)
         # The same token is accepted, and its sessions stay, although the request is read again with the next one.
-        again, carol = await enter_all(alice), await enter_all(make_token("carol"))
-        await disconnect("carol")
-        await wait_disconnected(carol)
+        again = await enter_all(alice)
+        await disconnect("carol", number=1)
+        for stream in streams:
+            while (event := await stream.next()).type != "close":
+                pass
+            assert event.data["code"] == CloseCode.DISCONNECTED
         for bus in (*again, *unaffected):
             assert await bus.publish("a.x", 1)
         # The request is the second one for this client.

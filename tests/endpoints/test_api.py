@@ -35,6 +35,7 @@ from catbus.protocol.wire_messages import Subscribe
 from catbus.replica import Replica
 from catbus.version import version
 from tests.brokers import CONFIG, SECRET, TOKEN, request
+from tests.endpoints.event_source import events
 from tests.endpoints.raw_peer import Response
 from tests.test_both_transports import discover
 from tests.test_metrics import scrape
@@ -233,6 +234,19 @@ async def test_session_that_is_not_authenticated_is_listed(server: Server) -> No
             await trio.lowlevel.checkpoint()
     [session] = found["sessions"]
     assert (session["state"], session["client_id"]) == ("new", None)
+
+
+async def test_event_stream_is_listed(server: Server) -> None:
+    async with (
+        events(server.address, "pattern=a.*&pattern=b", token=token("alice")) as stream,
+        catbus.connect(server.websocket, token=token("bob")) as bus,
+    ):
+        await bus.publish("a.b", 1)
+        await stream.seqs(1)
+        [session, _] = (await server.get("/api/sessions"))["sessions"]
+    expected = {"client_id": "alice", "transport": "sse", "state": "open", "subscriptions": 2, "patterns": ["a.*", "b"]}
+    assert {name: session[name] for name in expected} == expected
+    assert (session["delivered"], session["lag"]) == (1, 0)
 
 
 @pytest.mark.parametrize(
