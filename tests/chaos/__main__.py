@@ -4,11 +4,11 @@
     python -m tests.chaos --only "network cut" --minutes 5
     python -m tests.chaos --mistakes
 
-Replicas are processes of `catbus run`. Clients publish and subscribe over both transports, through proxies. Faults are
-drawn from the seed, which is printed: the same seed draws the same faults, but not the same moments at which they take
-effect. After the run the checker reads what all clients recorded. With `--mistakes`, replicas run with one planted
-mistake at a time, which the checker must find. For root, the database's disk is a small one that can be filled up;
-otherwise that fault is left out.
+Replicas are processes of `catbus run`. Clients publish and subscribe over WebSocket and WebTransport, and subscribe
+over server-sent events, through proxies. Faults are drawn from the seed, which is printed: the same seed draws the same
+faults, but not the same moments at which they take effect. After the run the checker reads what all clients recorded.
+With `--mistakes`, replicas run with one planted mistake at a time, which the checker must find. For root, the disk of
+the database is a small one that can be filled up; otherwise that fault is left out.
 """
 
 from __future__ import annotations
@@ -39,6 +39,7 @@ from tests.postgres.server import execute
 
 from . import clients
 from .database_pair import AUDIT, DatabasePair, is_root
+from .event_stream_client import start_event_stream_clients
 from .faults import FAULTS, NO_FAULTS, FaultContext, FaultSchedule, change_roles
 from .history import AnyEvent, DatabaseStatusLogged, History, LogEntry, LogEpoch, RunEnded, now, read
 from .history_checker import PROMISES, Report, check_history
@@ -165,7 +166,9 @@ async def run_load(
 
     async with trio.open_nursery() as subscribers:
         async with trio.open_nursery() as publishers:
-            clients.start_clients(state, {name: token for name, (token, _) in roles.items()}, subscribers, publishers)
+            tokens = {name: token for name, (token, _) in roles.items()}
+            clients.start_clients(state, tokens, subscribers, publishers)
+            start_event_stream_clients(state, tokens, subscribers)
             await trio.sleep(3)
             began = trio.current_time()
             async with trio.open_nursery() as faults:

@@ -8,7 +8,7 @@ from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import count
-from typing import Any
+from typing import Any, Protocol
 
 import msgspec
 import trio
@@ -21,7 +21,6 @@ from catbus.client import (
     Head,
     Live,
     Message,
-    Messages,
     Reconnected,
     Reconnecting,
     Refused,
@@ -63,6 +62,15 @@ CHANNELS = ("orders.new", "orders.paid", "stock.a", "stock.b", "chat")
 PATTERNS = ("*", "orders.*", "orders.paid", "stock.a", "chat")
 
 
+class HasCursor(Protocol):
+    """A subscription whose client keeps the cursor."""
+
+    @property
+    def cursor(self) -> int: ...
+    @property
+    def epoch(self) -> str: ...
+
+
 @dataclass
 class LoadState:
     """The shared state of all clients."""
@@ -73,7 +81,7 @@ class LoadState:
     rng: random.Random
     load_ended: trio.Event = field(default_factory=trio.Event)
     """Set when publishers have to end."""
-    cursors: dict[tuple[str, str], Messages | RawClient] = field(default_factory=dict)
+    cursors: dict[tuple[str, str], HasCursor] = field(default_factory=dict)
     """The cursor of each subscription, by subscriber and pattern."""
     buses: dict[str, Bus] = field(default_factory=dict)
     published: int = 0
@@ -99,13 +107,17 @@ class LoadClient:
         self._replica = ""
 
     async def dial(self) -> Transport:
-        state, rng = self.state, self.state.rng
-        ready = [slot for slot in state.slots if slot.ready]
-        slot = rng.choice(ready if ready and rng.random() > STALE_BALANCER_SHARE else list(state.slots))
         transport = self._transports[next(self._dials) % len(self._transports)]
+        slot = self.choose_slot()
         connection = await slot.dial(transport)
         self._last_dialled = slot.name, transport
         return connection
+
+    def choose_slot(self) -> ReplicaSlot:
+        """Choose the replica of the next connection."""
+        state, rng = self.state, self.state.rng
+        ready = [slot for slot in state.slots if slot.ready]
+        return rng.choice(ready if ready and rng.random() > STALE_BALANCER_SHARE else list(state.slots))
 
     @asynccontextmanager
     async def connect(self) -> AsyncIterator[Bus]:
@@ -123,12 +135,20 @@ class LoadClient:
             try:
                 yield bus
             finally:
-                self._replica = ""
+                self.record_left()
 
     def record_connected(self) -> None:
         if self._last_dialled is not None:
             self._replica, transport = self._last_dialled
             self.state.history.add(Connected(at=now(), client=self.name, replica=self._replica, transport=transport))
+
+    def record_connected_once(self) -> None:
+        if not self._replica:
+            self.record_connected()
+
+    def record_left(self) -> None:
+        """Record nothing when the connection ends, because that is not a loss."""
+        self._replica = ""
 
     def record_lost(self) -> None:
         if self._replica:
@@ -273,7 +293,7 @@ async def _subscribe_once(
                 state.cursors[name, pattern] = messages
                 try:
                     async for message in messages:
-                        _record(state, name, pattern, messages.epoch, message)
+                        record_received(state, name, pattern, messages.epoch, message)
                         if pause:
                             await trio.sleep(pause)
                 finally:
@@ -286,7 +306,7 @@ async def _subscribe_once(
             await trio.sleep(0.1)
 
 
-def _record(state: LoadState, name: str, pattern: str, epoch: str, message: Message, session: int = 0) -> None:
+def record_received(state: LoadState, name: str, pattern: str, epoch: str, message: Message, session: int = 0) -> None:
     state.received += 1
     publisher, number = message.payload[:2]
     state.history.add(
@@ -323,7 +343,7 @@ class RawClient(LoadClient):
         while True:
             with trio.move_on_after(rng.uniform(1, 5)):
                 await self._stay_connected()
-            self._replica = ""
+            self.record_left()
             await trio.sleep(rng.uniform(0.1, 1.0))
 
     async def _stay_connected(self) -> None:
@@ -383,7 +403,7 @@ class RawClient(LoadClient):
                 self.cursor, self.epoch = seq, self._log_epoch
             payload = msgspec.Raw(msgspec.json.encode(message["payload"]))
             whole = Message(message["channel"], payload, pattern, seq, message.get("at"))
-            _record(self.state, name, pattern, self._log_epoch, whole, self._session)
+            record_received(self.state, name, pattern, self._log_epoch, whole, self._session)
         elif kind == "subscribed":
             self._subscribed = True
             self._log_epoch = message["epoch"]

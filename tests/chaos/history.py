@@ -35,7 +35,10 @@ class Answered(Event, frozen=True):
 
 
 class SubscriptionBegan(Event, frozen=True):
-    """A subscription begins, complete up to `cursor` of `epoch`. It keeps its name when it resumes at its cursor."""
+    """A subscription begins, complete up to `cursor` of `epoch`. It keeps its name when it resumes at its cursor.
+
+    `pattern`: the patterns, with spaces between them, of a subscription that has several.
+    """
 
     subscriber: str
     pattern: str

@@ -18,11 +18,13 @@ from catbus.auth.live_permissions import LivePermissions
 from catbus.cli.main_command import main
 from catbus.delivery.fan_out import Delivery
 from catbus.delivery.subscription import Subscription
+from catbus.endpoints.http.event_stream import EventStream
 from catbus.log import Append, Committed, LogPage
 from catbus.postgres.append.append_batch import AppendBatch
 from catbus.postgres.append.log_writer import LogWriter
 from catbus.postgres.follow.log_reader import LogReader
 from catbus.postgres.log import PostgresLog
+from catbus.protocol import server_sent_events
 from tests.mistakes import MistakePlanter
 
 from .faults import NO_FAULTS
@@ -89,12 +91,36 @@ def ignore_revocations(planter: MistakePlanter) -> None:
     planter.replace(LivePermissions, "_update", update)
 
 
+def ignore_last_event_id(planter: MistakePlanter) -> None:
+    """Begin every event stream at the head."""
+    subscribe = EventStream.subscribe
+
+    async def subscribe_at_head(
+        self: EventStream, token: str, patterns: tuple[str, ...], cursor: tuple[int, str | None] | None
+    ) -> None:
+        await subscribe(self, token, patterns, None)
+
+    planter.replace(EventStream, "subscribe", subscribe_at_head)
+
+
+def send_ids_ahead(planter: MistakePlanter) -> None:
+    """Send `id` lines that are ahead of the messages before them."""
+    id_line = server_sent_events.id_line
+
+    def ahead(seq: int, epoch: str) -> bytes:
+        return id_line(seq + 5, epoch)
+
+    planter.replace(server_sent_events, "id_line", ahead)
+
+
 MISTAKES: dict[str, tuple[Callable[[MistakePlanter], None], str]] = {
     "acknowledged before the commit": (acknowledge_early, "database killed"),
     "a retry is not checked": (ignore_keys, "answers to clients lost"),
     "caught up to the database's head": (read_to_the_head, "connections reset"),
     "a gap is not announced": (announce_no_gap, "database failed over"),
     "a revoke is not applied": (ignore_revocations, NO_FAULTS),
+    "`Last-Event-ID` is ignored": (ignore_last_event_id, "connections reset"),
+    "an `id` is ahead of what was sent": (send_ids_ahead, "connections reset"),
 }
 """By name: what plants the mistake, and the faults that bring it to light."""
 

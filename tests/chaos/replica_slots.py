@@ -159,10 +159,15 @@ class ReplicaSlot:
 
     # Connections of clients
 
+    @property
+    def http_port(self) -> int:
+        """The port of the proxy to its HTTP endpoint, which is also the one for WebSocket."""
+        return urlsplit(self.websocket.url).port or 0
+
     async def dial(self, transport: str) -> Transport:
         """Connect over "websocket" or "webtransport". Raises `Disconnected`."""
         if transport == "websocket":
-            return await open_websocket(parse_address(f"ws://127.0.0.1:{urlsplit(self.websocket.url).port}/ws"))
+            return await open_websocket(parse_address(f"ws://127.0.0.1:{self.http_port}/ws"))
         address = parse_address(f"https://127.0.0.1:{self.webtransport.port}/")
         certificate = await trio.to_thread.run_sync((self._directory / CERTIFICATE_FILE).read_bytes)
         return await open_webtransport(address, make_configuration(address, certificate.decode()))

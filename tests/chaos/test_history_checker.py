@@ -219,6 +219,22 @@ def test_checker_finds_other_violations(name: str, event: AnyEvent) -> None:
     assert name in history.check_history().broken
 
 
+@pytest.mark.parametrize(("received", "broken"), [((5, 6), []), ((6,), ["whole"])])
+def test_subscription_to_several_patterns_has_the_messages_of_each(
+    received: tuple[int, ...], broken: list[str]
+) -> None:
+    history = sound_history()
+    several = "b.* a.* c"
+    history.add(SubscriptionBegan, 8.5, subscriber="several", pattern=several, cursor=4, epoch=NEW)
+    messages = {5: ("p", 8), 6: ("p", 9)}
+    for seq in received:
+        channel = {5: "c", 6: "a.b"}[seq]
+        history.receive(
+            seq, messages[seq], 100.02 + seq / 1000, NEW, "several", pattern=several, channel=channel, sent=START + 100
+        )
+    assert history.check_history().broken == broken
+
+
 def test_report_has_measurements() -> None:
     history = sound_history()
     history.add_fault(3, "replica killed", 220.0, 222.0)

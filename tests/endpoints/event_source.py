@@ -27,11 +27,12 @@ class EventSource:
         self._events: deque[Event] = deque()
 
     async def send(self, target: str, headers: list[tuple[str, str]]) -> None:
-        """Send the request, and read the head of the response."""
+        """Send the request, and read the head of the response. Raises `EOFError` if the connection ends before it."""
         request = h11.Request(method="GET", target=target, headers=[("Host", "bus.example"), *headers])
         await self.stream.send_all(self._http.send(request) + self._http.send(h11.EndOfMessage()))
         response = await self._next_event()
-        assert isinstance(response, h11.Response)
+        if not isinstance(response, h11.Response):
+            raise EOFError
         self.status, self.headers = response.status_code, dict(response.headers)
 
     async def body(self) -> bytes:
@@ -50,12 +51,15 @@ class EventSource:
 
     async def read(self) -> None:
         """Read what comes next, which need not be an event. Raises `EOFError` at the end of the stream."""
+        self._events += [block for block in await self.blocks() if block.type]
+
+    async def blocks(self) -> list[Event]:
+        """Read what comes next, also the blocks that fire no event. Raises `EOFError` at the end of the stream."""
         event = await self._next_event()
         if isinstance(event, h11.Data):
-            self._events += self.parser.feed(bytes(event.data))
-        else:
-            self.ended = isinstance(event, h11.EndOfMessage)
-            raise EOFError
+            return self.parser.blocks(bytes(event.data))
+        self.ended = isinstance(event, h11.EndOfMessage)
+        raise EOFError
 
     async def seqs(self, count: int) -> list[int]:
         """Return the seqs of the next messages. Raises `AssertionError` for another event."""
