@@ -32,6 +32,7 @@ LAYERS = (
         "session.transport_streams",
     },
     {"session.services"},
+    {"session.session_subscriptions"},
     {"session.driver"},
     {"session.session_report"},
     {"session.session_events"},

@@ -5,7 +5,6 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Collection, Hashable, Sequence
 from dataclasses import replace
-from functools import partial
 from math import inf
 from time import perf_counter
 
@@ -16,7 +15,6 @@ from ..auth.tokens import token_kind
 from ..close_codes import CloseCode
 from ..config import LimitSettings
 from ..delivery.send_queue import SendQueue, TransportWriter
-from ..delivery.subscription import Subscription
 from ..error_codes import ErrorCode
 from ..errors import PeerError, Unavailable
 from ..limits.unauthenticated import TOO_MUCH, UnauthenticatedPeer
@@ -39,6 +37,7 @@ from .history_page import MAX_HISTORY, newest_that_fit
 from .hooks import ClientInfo
 from .publishing import STOPPING
 from .services import SessionServices
+from .session_subscriptions import SessionSubscriptions
 from .state_machine import Session, SessionLimits
 from .transport_streams import Streams
 
@@ -86,10 +85,10 @@ class SessionDriver:
         """The kind of its last token, valid or not."""
         self._on_authenticated = on_authenticated
         self._on_ended = on_ended
-        self._streams = streams
         self._network = network
         self._pending_limit = limits.pending_publishes
         self._producer = ""
+        self.subscriptions = SessionSubscriptions(self.session, services, streams)
         self.heads = HeadSender(self.session, services.delivery, services.log)
         self._closing = trio.Event()
         self._deadline = trio.CancelScope()
@@ -214,7 +213,8 @@ class SessionDriver:
         session = self.session
         if not session.closed and session.identity is not None:
             before = session.identity.grants
-            self._withdraw(session.update_grants(Grants()), before, Grants())
+            self.subscriptions.withdraw(session.update_grants(Grants()))
+            self._withdraw_publishes(before, Grants())
             self._close_revoked("the token was revoked")
 
     def disconnect(self) -> None:
@@ -234,10 +234,7 @@ class SessionDriver:
         if self._counted:
             self._counted = False
             self._services.client_usages.remove_session(self.session.usage)
-        for pattern in list(self.session.subscriptions):
-            subscription = self._remove_subscription(pattern)
-            assert subscription is not None
-            subscription.send_queue.close()
+        self.subscriptions.close()
         self.session.abandon()
         self.send_queue.close()
         self._room.set()
@@ -277,11 +274,11 @@ class SessionDriver:
                 self._uncharged_bytes += len(effect.channel) + len(effect.payload)
                 self._services.publisher.broadcast(effect)
             case StartSubscription():
-                await self._wait_until_read(effect.request.pattern)
-                self._subscribe(effect.request)
+                await self.subscriptions.wait_until_read(effect.request.pattern)
+                self.subscriptions.subscribe(effect.request)
             case EndSubscription():
-                await self._wait_until_read(effect.request.pattern)
-                self._unsubscribe(effect.request)
+                await self.subscriptions.wait_until_read(effect.request.pattern)
+                self.subscriptions.unsubscribe(effect.request)
             case CheckPublish():
                 await self._check_publish(effect)
             case SendHeads():
@@ -294,18 +291,6 @@ class SessionDriver:
                         self.session.reject_token(error)
             case ReadHistory():
                 await self._send_history(effect.request)
-
-    async def _wait_until_read(self, pattern: str) -> None:
-        """Wait while send queues hold too many messages that cannot be read from the log again.
-
-        A reply about `pattern` makes those before it in its send queue such messages.
-        """
-        subscription = self.session.subscriptions.get(pattern)
-        for send_queue in (self.send_queue,) if subscription is None else (self.send_queue, subscription.send_queue):
-            while send_queue.to_be_emptied:
-                emptied = trio.Event()
-                send_queue.when_emptied(emptied.set)
-                await emptied.wait()
 
     async def _charge(self) -> None:
         """Charge the client's publish rate, and wait while it is exceeded."""
@@ -377,78 +362,27 @@ class SessionDriver:
 
         All that this client requests is in the head of its HTTP request, so it gets no replies, and an error ends it.
         """
-        services, session = self._services, self.session
+        session = self.session
         session.protocol = ProtocolVersion.EVENTS
         try:
             await self._authenticate(token)
-            session.check_subscribe(patterns)
-            services.client_usages.check_subscriptions(session.usage, len(patterns))
+            self.subscriptions.subscribe_event_stream(patterns, since, epoch)
         except PeerError as error:
             # The client has it from the HTTP response. The log and session events have it from here.
             session.close(error.close or CloseCode.BAD_MESSAGE, error.message)
             raise
-        # A stream has no producer: what it filtered would come after it was resumed.
-        subscription = Subscription(self.send_queue)
-        session.subscriptions.update(dict.fromkeys(patterns, subscription))
-        services.client_usages.add_subscriptions(session.usage, len(patterns))
-        services.delivery.subscribe_all(subscription, patterns, since, epoch)
         if since is None:
             self.heads.send()
 
-    def _subscribe(self, request: wire.Subscribe) -> None:
-        delivery, session, streams = self._services.delivery, self.session, self._streams
-        pattern = request.pattern
-        replaced = self._remove_subscription(pattern)
-        if replaced is not None:
-            self._end_stream(replaced)
-        else:
-            try:
-                self._services.client_usages.check_subscriptions(session.usage)
-            except PeerError as error:
-                session.reject_request(request, error)
-                return
-        subscription = None
-        if session.protocol is ProtocolVersion.FIRST:
-            subscription = next(iter(session.subscriptions.values()), None)
-        if subscription is None:
-            own_stream, send_datagram = None, None
-            if streams is not None and request.stream:
-                own_stream = streams.open_stream(partial(self._handle_stopped, pattern))
-            if streams is not None and request.datagrams:
-                send_datagram = streams.send_datagram
-            send_queue = self.send_queue if own_stream is None else own_stream
-            subscription = Subscription(send_queue, session.producer, send_datagram)
-        session.subscribed(request, subscription, delivery.position, self._services.log.epoch)
-        self._services.client_usages.add_subscriptions(session.usage, 1)
-        delivery.subscribe(subscription, pattern, request.since, request.epoch)
-
-    def _unsubscribe(self, request: wire.Unsubscribe) -> None:
-        subscription = self._remove_subscription(request.pattern)
-        send_queue = None if subscription is None else subscription.send_queue
-        self.session.unsubscribed(request, self._services.delivery.position, send_queue)
-        if subscription is not None:
-            self._end_stream(subscription)
-
     def _revoke(self, patterns: Sequence[str], before: Grants, grants: Grants) -> None:
         """End these subscriptions, and withdraw the pending publishes that the new grants do not allow."""
-        session = self.session
-        ended = self._withdraw(patterns, before, grants)
-        for pattern, subscription in ended.items():
-            session.revoked(pattern, self._services.delivery.position, subscription.send_queue)
-            self._end_stream(subscription)
-        if ended and not session.subscriptions and session.protocol is ProtocolVersion.EVENTS:
+        self._withdraw_publishes(before, grants)
+        ended = self.subscriptions.revoke(patterns)
+        if ended and not self.session.subscriptions and self.session.protocol is ProtocolVersion.EVENTS:
             self.close(CloseCode.REVOKED, "the permission for each pattern was withdrawn")
 
-    def _withdraw(self, patterns: Sequence[str], before: Grants, grants: Grants) -> dict[str, Subscription]:
-        """Remove these subscriptions and their messages, and the pending publishes that the new grants do not allow."""
+    def _withdraw_publishes(self, before: Grants, grants: Grants) -> None:
         session = self.session
-        ended = {p: subscription for p in patterns if (subscription := self._remove_subscription(p)) is not None}
-        revoked: dict[SendQueue, set[str]] = {}
-        for pattern, subscription in ended.items():
-            revoked.setdefault(subscription.send_queue, set()).add(pattern)
-        for subscription in dict.fromkeys(ended.values()):
-            if (dropped := revoked.pop(subscription.send_queue, None)) is not None:
-                subscription.send_queue.revoke(dropped, subscription.patterns)
         if session.pending and grants.write != before.write:
             rejection = Rejected(ErrorCode.UNAUTHORIZED, "no write grant covers this channel any more")
             self._services.log.withdraw(
@@ -456,26 +390,6 @@ class SessionDriver:
                 lambda append: append.owner is session and not grants.may_write(append.channel),
                 rejection,
             )
-        return ended
-
-    def _handle_stopped(self, pattern: str, send_queue: SendQueue) -> None:
-        """End a subscription whose own stream was stopped by the peer, or was not read for too long."""
-        subscription = self.session.subscriptions.get(pattern)
-        if subscription is not None and subscription.send_queue is send_queue:
-            self._remove_subscription(pattern)
-            self.session.unsubscribed(wire.Unsubscribe(pattern), self._services.delivery.position)
-
-    def _remove_subscription(self, pattern: str) -> Subscription | None:
-        """Deliver nothing more for a pattern. Return its subscription, or None without one."""
-        subscription = self.session.remove_subscription(pattern)
-        if subscription is not None:
-            self._services.delivery.unsubscribe(subscription, pattern)
-            self._services.client_usages.add_subscriptions(self.session.usage, -1)
-        return subscription
-
-    def _end_stream(self, subscription: Subscription) -> None:
-        if subscription.send_queue is not self.send_queue and self._streams is not None:
-            self._streams.end_stream(subscription.send_queue)
 
     async def _send_history(self, request: wire.History) -> None:
         limit = min(request.limit, MAX_HISTORY)

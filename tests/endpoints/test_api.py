@@ -343,9 +343,9 @@ async def test_patterns_are_counted_turn_by_turn_and_few_are_kept() -> None:
     replica.cpu_scheduler.slices = TimeSlices(0.0, 0.0)
     for number in range(2000):
         client = replica.open_session(Silent(), transport="websocket")
-        client._subscribe(Subscribe(f"p{number}"))
+        client.subscriptions.subscribe(Subscribe(f"p{number}"))
         if number >= 1990:
-            replica.open_session(Silent(), transport="websocket")._subscribe(Subscribe(f"p{number}"))
+            replica.open_session(Silent(), transport="websocket").subscriptions.subscribe(Subscribe(f"p{number}"))
     response, steps = await steps_of_other_tasks(list_channels, replica, "limit=12")
     found = msgspec.json.decode(response.body, type=channels.ChannelsReport).patterns
     assert [each.pattern for each in found[:10]] == [f"p{number}" for number in range(1990, 2000)]

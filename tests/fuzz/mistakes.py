@@ -15,6 +15,7 @@ from catbus.protocol import json_splitter
 from catbus.protocol import wire_messages as wire
 from catbus.session import state_machine
 from catbus.session.driver import SessionDriver
+from catbus.session.session_subscriptions import SessionSubscriptions
 from tests.mistakes import MistakePlanter
 
 T = TypeVar("T")
@@ -101,10 +102,10 @@ def reply_with_the_wrong_id(planter: MistakePlanter) -> None:
 
 
 def deliver_after_unsubscribe(planter: MistakePlanter) -> None:
-    def remove(self: SessionDriver, pattern: str) -> Subscription | None:
-        return self.session.remove_subscription(pattern)
+    def remove(self: SessionSubscriptions, pattern: str) -> Subscription | None:
+        return self._session.remove_subscription(pattern)
 
-    planter.replace(SessionDriver, "_remove_subscription", remove)
+    planter.replace(SessionSubscriptions, "_remove", remove)
 
 
 def fail_on_a_split_object(planter: MistakePlanter) -> None:
