@@ -5,7 +5,7 @@ from __future__ import annotations
 import struct
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
-from random import Random
+from itertools import product
 from typing import Any
 
 import pytest
@@ -45,30 +45,30 @@ async def rows(sql: DatabaseConnection) -> list[dict[str, Any]]:
 
 @pytest.mark.parametrize("pattern", PATTERNS)
 async def test_exactly_the_selected_messages_lose_their_contents(database_url: str, pattern: str) -> None:
-    random = Random(pattern)
     async with filled(database_url, 60) as sql:
         before = await rows(sql)
-        sender = random.choice(["alice", "carol", None])
-        time = random.choice([30_000, None])
-        selected = {
-            row["seq"]
-            for row in before
-            if matches(pattern, row["channel"])
-            and (sender is None or row["sender"] == sender)
-            and (time is None or row["at"] < time)
-        }
-        (count,) = await sql.fetchrow(
-            "SELECT catbus.erase($1, sender => $2, before => to_timestamp($3::double precision / 1000))",
-            pattern,
-            sender,
-            time,
-        )
-        assert count == len(selected)
-        for old, new in zip(before, await rows(sql), strict=True):
-            gone = {"channel": "_erased", "payload": "null", "sender": None, "origin": None}
-            assert new == (old | gone if old["seq"] in selected else old)
-        (seqs,) = await sql.fetchrow("SELECT catbus.erased_seqs(0, 60)")
-        assert set(seqs) == selected
+        for sender, time in product(["alice", "carol", None], [30_000, None]):
+            selected = {
+                row["seq"]
+                for row in before
+                if matches(pattern, row["channel"])
+                and (sender is None or row["sender"] == sender)
+                and (time is None or row["at"] < time)
+            }
+            await sql.execute("BEGIN")
+            (count,) = await sql.fetchrow(
+                "SELECT catbus.erase($1, sender => $2, before => to_timestamp($3::double precision / 1000))",
+                pattern,
+                sender,
+                time,
+            )
+            assert count == len(selected)
+            for old, new in zip(before, await rows(sql), strict=True):
+                gone = {"channel": "_erased", "payload": "null", "sender": None, "origin": None}
+                assert new == (old | gone if old["seq"] in selected else old)
+            (seqs,) = await sql.fetchrow("SELECT catbus.erased_seqs(0, 60)")
+            assert set(seqs) == selected
+            await sql.execute("ROLLBACK")
 
 
 async def test_batches_cover_the_log_without_a_gap(database_url: str) -> None:
