@@ -486,6 +486,26 @@ async def test_change_of_the_epoch_ends_the_wait(autojump_clock: MockClock) -> N
         it.delivery.restart(5)
 
 
+async def test_woken_request_waits_for_its_share_of_the_cpu(autojump_clock: MockClock) -> None:
+    """One message wakes all requests that wait for it, and other clients must have their turn."""
+    turn = trio.Event()
+
+    class BusyScheduler(CpuScheduler):
+        async def acquire(self) -> None:
+            await turn.wait()
+
+    async with following() as (it, nursery):
+        it.pages.cpu_scheduler = BusyScheduler()
+        nursery.start_soon(partial(it.wait, "a", seconds=1000))
+        await wait_all_tasks_blocked()
+        await it.publish("a")
+        await wait_all_tasks_blocked()
+        assert it.results == []
+        turn.set()
+        await wait_all_tasks_blocked()
+        assert it.results == [0]
+
+
 async def test_stopping_replica_ends_every_wait(autojump_clock: MockClock) -> None:
     async with following() as (it, nursery):
         for _ in range(3):

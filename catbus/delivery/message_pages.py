@@ -260,6 +260,8 @@ class PageReader:
             wake_up.subscribe(self._patterns, page)
             with trio.move_on_at(deadline):
                 await wake_up.event.wait()
+            # One message wakes many requests: what they do next is their clients' share of the CPU.
+            await self._pages.cpu_scheduler.acquire()
             return max(page.seq, wake_up.complete(page.seq))
         finally:
             self._pages.wake_ups.discard(wake_up)

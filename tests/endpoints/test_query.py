@@ -11,12 +11,10 @@ from catbus.endpoints.http.http_request import HttpRequest, request_token
 from catbus.endpoints.http.query import (
     decode_percent,
     format_cursor,
-    number,
     parse_cursor,
     parse_query,
     parse_query_as,
     since,
-    single,
 )
 from catbus.error_codes import ErrorCode
 from catbus.errors import PeerError
@@ -101,15 +99,6 @@ def test_invalid_position_is_rejected(text: str) -> None:
 def test_cursor_is_parsed_as_it_was_formatted() -> None:
     assert parse_cursor(format_cursor(2**63 - 1, "e-1")) == (2**63 - 1, "e-1")
     assert parse_cursor("nonsense") is None
-
-
-def test_number_has_limits_and_a_default() -> None:
-    assert single(parse_query("", {"limit": 1}), "limit") is None
-    assert number(parse_query("", {"limit": 1}), "limit", 100, lowest=1, highest=1000) == 100
-    assert number(parse_query("limit=1000", {"limit": 1}), "limit", 100, lowest=1, highest=1000) == 1000
-    for text in ("0", "1001", "", "1e2", "-1", "9" * 20):
-        with pytest.raises(PeerError, match="`limit` is not a whole number from 1 to 1000"):
-            number(parse_query(f"limit={text}", {"limit": 1}), "limit", 100, lowest=1, highest=1000)
 
 
 @pytest.mark.parametrize("query", ["access_token=good", "pattern=%&access_token=g%6Fod", "acc%65ss_token=good&x"])

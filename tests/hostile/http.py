@@ -7,7 +7,7 @@ import os
 import time
 from collections.abc import Callable
 
-from .attacks import SECRET, Ended, Target, attack
+from .attacks import FEW_BYTES, SECRET, Ended, Target, attack
 from .peers import GET, POST, UPGRADE, Peer, jwt_of, pump
 
 BODY = 1 << 20
@@ -251,6 +251,78 @@ def after_the_end(target: Target) -> None:
     peer.send(b"nonsense\r\n\r\n")
     while True:
         peer.send(bytes(1 << 16))
+
+
+# Pages of messages
+
+
+def request_page(target: Target, query: str) -> bytes:
+    head = f"GET /messages?{query} HTTP/1.1\r\nHost: bus.example\r\nAuthorization: Bearer {target.token()}\r\n\r\n"
+    return head.encode()
+
+
+@attack(
+    "http",
+    "pages of a silent channel",
+    "20 connections search 300,000 messages in the database from the first, again and again, and get nothing",
+    token=True,
+    log="postgres",
+    filled=300_000,
+    kept=160,
+    alone=FEW_BYTES,
+)
+def silent_pages(target: Target) -> None:
+    peers = [Peer(target) for _ in range(20)]
+    request = request_page(target, "pattern=mallory.nothing&since=0")
+    while True:
+        for peer in peers:
+            peer.send(request)
+        for peer in peers:
+            peer.wait_for(b'"more"')
+
+
+@attack(
+    "http",
+    "pages that are not read",
+    "400 connections ask for a page of a megabyte each, and read nothing",
+    token=True,
+    kept=64,
+    alone=FEW_BYTES,
+)
+def unread_pages(target: Target) -> None:
+    body = json.dumps([{"channel": "mallory.large", "payload": "x" * 60_000}] * 15).encode()
+    head = POST + b"Authorization: Bearer %b\r\nContent-Length: %d\r\n\r\n" % (target.token().encode(), len(body))
+    publisher = Peer(target)
+    publisher.send(head + body)
+    publisher.wait_for(b"]\n")
+    request = request_page(target, "pattern=mallory.large&limit=1000")
+    peers = [Peer(target) for _ in range(400)]
+    for peer in peers:
+        peer.send(request)
+    while True:
+        time.sleep(1)
+
+
+@attack(
+    "http",
+    "requests that wait",
+    "500 connections wait for a message that the client then publishes, again and again",
+    token=True,
+    kept=64,
+    alone=FEW_BYTES,
+)
+def waiting_requests(target: Target) -> None:
+    body = b'{"channel":"mallory.now","payload":1}'
+    publisher, peers = Peer(target), [Peer(target) for _ in range(500)]
+    post = POST + b"Authorization: Bearer %b\r\nContent-Length: %d\r\n\r\n" % (target.token().encode(), len(body))
+    request = request_page(target, "pattern=mallory.now&wait=5")
+    while True:
+        for peer in peers:
+            peer.send(request)
+        publisher.send(post + body)
+        publisher.wait_for(b"}\n")
+        for peer in peers:
+            peer.wait_for(b'"more"')
 
 
 # Connections

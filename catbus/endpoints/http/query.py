@@ -28,7 +28,6 @@ Parameters = Mapping[str, Sequence[str]]
 
 _INVALID_ESCAPE = re.compile(r"%(?![0-9a-fA-F]{2})")
 _CURSOR = re.compile(r"([0-9]{1,19})(?:\.([0-9a-zA-Z_-]{1,64}))?", re.ASCII)
-_NUMBER = re.compile(r"[0-9]{1,19}", re.ASCII)
 _MAX_REPEATED_NAME = 32
 """Characters of an unknown parameter's name that its error repeats."""
 
@@ -72,16 +71,6 @@ def single(parameters: Parameters, name: str) -> str | None:
     """Return the value of a parameter that may occur once, or None without it."""
     values = parameters.get(name)
     return values[0] if values else None
-
-
-def number(parameters: Parameters, name: str, default: int, *, lowest: int = 0, highest: int = MAX_NUMBER) -> int:
-    """Return a parameter as a whole number, or `default` without it. Raises `PeerError` (bad_message)."""
-    text = single(parameters, name)
-    if text is None:
-        return default
-    if not _NUMBER.fullmatch(text) or not lowest <= int(text) <= highest:
-        raise _bad(f"`{name}` is not a whole number from {lowest} to {highest}")
-    return int(text)
 
 
 def since(parameters: Parameters) -> tuple[int, str | None] | None:
