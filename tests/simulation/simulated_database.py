@@ -336,6 +336,7 @@ _STATEMENTS: dict[str, Callable[..., list[Row]]] = {
     stored_revocations._OLDEST: lambda *_: [(0,)],
     stored_revocations._READ_PAGE: lambda *_: [],
     stored_revocations._READ_CHANGED: lambda *_: [(0, 0, None, None)],
+    stored_revocations._READ_DISCONNECTS: lambda *_: [(0, None, None)],
     ephemeral_relay._NOTIFY: SimulatedDatabase._notify_all,
     outbox_relay._PENDING: lambda self, _: [(bool(self.state.outbox),)],
     outbox_relay._ROTATE: lambda *_: [],
