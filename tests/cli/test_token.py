@@ -5,10 +5,14 @@ from __future__ import annotations
 import io
 import json
 import time
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from threading import Thread
 from typing import Any
 
+import joserfc.jwt
 import pytest
+from joserfc.jwk import ECKey, KeySet
 
 from catbus.auth.grants import Grants
 from catbus.auth.role_tokens import make_role_token, role_handle, role_key
@@ -167,3 +171,34 @@ def test_key_sets_are_read_as_by_the_broker(catbus: Command, tmp_path: Path) -> 
     token = signed_jwt({"alg": "ES256", "kid": "other"}, CLAIMS, SECRET)
     _, output, _ = catbus("token", "show", "--config", str(tmp_path / "catbus.toml"), token)
     assert "(key): none of 1 configured keys for ES256 matches with the kid 'other'" in parts(output)["verdict"]
+
+
+def test_keys_are_fetched_from_a_url(catbus: Command, tmp_path: Path) -> None:
+    key = ECKey.generate_key("P-256", {"kid": "1"})
+    body = json.dumps(KeySet([key]).as_dict(private=False)).encode()
+
+    class Answer(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            self.send_response(200)
+            self.end_headers()
+            self.wfile.write(body)
+
+        def log_message(self, *_: object) -> None:
+            """Write nothing."""
+
+    config = tmp_path / "catbus.toml"
+    token = joserfc.jwt.encode({"alg": "ES256", "kid": "1"}, {"sub": "a", "catbus": {"read": ["a"]}}, key)
+    with ThreadingHTTPServer(("127.0.0.1", 0), Answer) as server:
+        url = f"http://127.0.0.1:{server.server_port}/keys"
+        config.write_text(f'[auth]\njwt = ["{url}?x=hidden"]\n')
+        thread = Thread(target=server.serve_forever)
+        thread.start()
+        status, output, _ = catbus("token", "show", token, "--config", str(config))
+        assert (status, "signature   valid" in output) == (0, True)
+        status, output, _ = catbus("token", "show", f"{token[:-4]}AAAA", "--config", str(config))
+        assert (status, "signature   invalid" in output) == (1, True)
+        server.shutdown()
+        thread.join()
+    status, _, errors = catbus("token", "show", token, "--config", str(config))
+    assert status == 1
+    assert f"auth.jwt: {url}?*** cannot be fetched: ConnectError" in errors

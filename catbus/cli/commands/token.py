@@ -21,7 +21,7 @@ from ...auth.jwt_keys import JwtKey
 from ...auth.role_tokens import role_handle, role_key
 from ...auth.token_errors import RejectionReason, TokenRejected, format_time
 from ...auth.tokens import MAX_TOKEN, Authenticator
-from ...config import Config, is_url, load
+from ...config import Config, is_url, load, redact_url
 from ...errors import ConfigError, Unavailable
 from ...protocol.wire_messages import UNDECODABLE, to_json
 from ..development_credentials import read_secret
@@ -230,7 +230,7 @@ async def _fetch_keys(urls: Sequence[str]) -> list[JwtKey]:
         try:
             keys += await fetch_key_set(url, context)
         except Unavailable as error:
-            raise Unavailable(f"auth.jwt: {url} cannot be fetched: {error}") from None
+            raise Unavailable(f"auth.jwt: {redact_url(url)} cannot be fetched: {error}") from None
     return keys
 
 
