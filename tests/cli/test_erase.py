@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 import trio
 
+from catbus.postgres.maintenance import erasure
 from tests.postgres.sql import open_sql
 
 from .conftest import Command
@@ -96,7 +97,11 @@ def test_terminal_shows_the_number_and_asks(
     assert erased(filled) == seqs
 
 
-def test_open_transaction_delays_the_vacuum_and_is_reported(catbus: Command, filled: str) -> None:
+def test_open_transaction_delays_the_vacuum_and_is_reported(
+    catbus: Command, filled: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(erasure, "VACUUM_PATIENCE", 0.2)
+
     async def go() -> None:
         async with open_sql(filled) as sql:
             await sql.execute("BEGIN ISOLATION LEVEL REPEATABLE READ; SELECT FROM catbus.entries")

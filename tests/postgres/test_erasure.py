@@ -14,7 +14,9 @@ from catbus.postgres import PostgresLog
 from catbus.postgres.access.asyncpg_bridge import DatabaseConnection
 from catbus.postgres.follow.fingerprints import fingerprint, same_entry
 from catbus.postgres.listen import polling_interval
+from catbus.postgres.maintenance.erasure import ErasureReport, Selection, erase
 from tests.log.harness import TEST_TIMEOUT, Publisher, read_all, running, wait_read
+from tests.postgres.bouncer import open_bouncer
 from tests.postgres.proxy import open_proxy
 from tests.postgres.sql import open_sql, wait_until
 
@@ -210,3 +212,37 @@ async def test_replicas_vacuum_after_an_erasure(database_url: str) -> None:
                 await reader.execute("COMMIT")
                 while log.statistics().unvacuumed or await sql.fetch("SELECT FROM catbus.vacuum_due()"):
                     await trio.sleep(0.02)
+
+
+async def test_erasure_works_behind_a_pooler(database_url: str) -> None:
+    async with open_bouncer(database_url) as bouncer, open_sql(database_url) as sql:
+        settings = DatabaseSettings(url=bouncer.url)
+        log = PostgresLog(settings)
+        async with running(log) as (follower, publisher):
+            await publish(publisher, "a", "b")
+            report = await erase(settings, Selection("a"), lambda *_: None, apply=True)
+            assert report == ErasureReport(1)
+            await follower.wait_until(lambda self: self.erased == {1})
+            assert await sql.fetch("SELECT FROM catbus.vacuum_due()") == []
+
+
+async def test_command_waits_for_short_transactions_before_it_vacuums(database_url: str) -> None:
+    async with open_sql(database_url) as sql, open_sql(database_url) as writer, trio.open_nursery() as nursery:
+        await sql.fetch(
+            "INSERT INTO catbus.entries (slot, seq, at, channel, payload, producer, number) "
+            "VALUES (0, 1, 1, 'a', '1', '\\x00', 1)"
+        )
+        await writer.execute("BEGIN")
+        await writer.fetch("SELECT pg_current_xact_id()")
+        reports = []
+
+        async def go() -> None:
+            settings = DatabaseSettings(url=database_url)
+            reports.append(await erase(settings, Selection("a"), lambda *_: None, apply=True))
+
+        nursery.start_soon(go)
+        await wait_until(lambda: sql.fetch("SELECT FROM catbus.vacuum_due() WHERE blocked"))
+        await writer.execute("COMMIT")
+        while not reports:
+            await trio.sleep(0.01)
+        assert reports == [ErasureReport(1)]

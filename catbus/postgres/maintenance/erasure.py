@@ -5,11 +5,16 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import trio
+
 from ...config import DatabaseSettings
 from ..access.asyncpg_bridge import DatabaseConnection
 from ..access.migrations import check_version, open_connection
 from .vacuum import vacuum_tables
 
+VACUUM_PATIENCE = 3.0
+"""Seconds for which the command waits for transactions that began before the erasure."""
+VACUUM_RETRY_INTERVAL = 0.1
 BATCH_TIMEOUT = 60.0
 """Seconds for 10,000 entries."""
 
@@ -51,7 +56,14 @@ async def erase(
     async with open_connection(settings) as connection:
         await check_version(connection)
         found = await erase_messages(connection, selection, report_progress, apply=apply)
-        return ErasureReport(found, tuple(await vacuum_tables(connection)) if apply else ())
+        unvacuumed = await vacuum_tables(connection) if apply else []
+        with trio.move_on_after(VACUUM_PATIENCE):
+            # An append that began before the erasure has ended in a moment.
+            while unvacuumed:
+                await trio.sleep(VACUUM_RETRY_INTERVAL)
+                with trio.CancelScope(shield=True):
+                    unvacuumed = await vacuum_tables(connection)
+        return ErasureReport(found, tuple(unvacuumed))
 
 
 async def erase_messages(
