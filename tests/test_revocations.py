@@ -25,6 +25,7 @@ from catbus.config import Config, DatabaseSettings
 from catbus.error_codes import ErrorCode
 from catbus.limits.cpu_scheduler import TimeSlices
 from catbus.log import MemoryLog
+from catbus.observability.metrics import export_metrics
 from catbus.postgres.listen import polling_interval
 from catbus.postgres.roles.role_store import open_roles
 from catbus.replica import Replica
@@ -96,7 +97,9 @@ async def test_revocation_closes_sessions_with_earlier_tokens_and_no_others(repl
         assert client.closing is None
         assert words(client) == [("message", "a.*")] * 2
     assert replica.delivery.statistics().live == 3
-    assert replica.revocations.closed == 2
+    body, _ = export_metrics(replica)
+    assert b"catbus_revocations 1.0\n" in body
+    assert b"catbus_sessions_revoked_total 2.0\n" in body
 
 
 async def test_revoked_token_is_rejected_and_a_newer_one_is_accepted(replica: Replica) -> None:
