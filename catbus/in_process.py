@@ -9,7 +9,8 @@ from typing import Any
 
 import trio
 
-from .delivery.send_queue import EncodedMessages, SendQueue
+from .delivery.encoded_messages import EncodedMessages
+from .delivery.send_queue import SendQueue
 from .delivery.subscription import Subscription
 from .log import Entry
 from .protocol.channels import check_pattern

@@ -15,17 +15,10 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 import catbus.delivery.fan_out as delivery_module
+from catbus.delivery.encoded_messages import EncodedMessages, QueueItem
 from catbus.delivery.fan_out import MEASURED_PER_CHECKPOINT, Delivery
 from catbus.delivery.reply_lines import HeadLine, HistoryLine, SubscriptionLine
-from catbus.delivery.send_queue import (
-    LIST_SLOT_BYTES,
-    REPLY_BYTES,
-    SUBSCRIPTION_LINE_BYTES,
-    Budget,
-    EncodedMessages,
-    QueueItem,
-    SendQueue,
-)
+from catbus.delivery.send_queue import LIST_SLOT_BYTES, REPLY_BYTES, SUBSCRIPTION_LINE_BYTES, Budget, SendQueue
 from catbus.delivery.subscription import PAGE_ROWS, Subscription
 from catbus.delivery.topic_tree import TopicTree
 from catbus.log import Entry, LogPage, RecentMessages, Resumption, erased

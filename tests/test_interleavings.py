@@ -8,8 +8,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from random import Random
 
+from catbus.delivery.encoded_messages import EncodedMessages
 from catbus.delivery.fan_out import Delivery, Subscription
-from catbus.delivery.send_queue import EncodedMessages, SendQueue
+from catbus.delivery.send_queue import SendQueue
 from catbus.log import Entry, LogPage, Resumption
 from catbus.protocol.channels import matches
 from tests.test_delivery import TransportWriter, entry, exhaust

@@ -21,7 +21,8 @@ from catbus.auth.tokens import Authenticator, sign
 from catbus.broker import OWNER
 from catbus.close_codes import CloseCode
 from catbus.config import Config, DrainSettings, LimitSettings
-from catbus.delivery.send_queue import EncodedMessages, SendQueue
+from catbus.delivery.encoded_messages import EncodedMessages
+from catbus.delivery.send_queue import SendQueue
 from catbus.error_codes import ErrorCode
 from catbus.errors import PeerError, Unavailable
 from catbus.limits.cpu_scheduler import TimeSlices

@@ -6,6 +6,7 @@ import tracemalloc
 
 import pytest
 
+from catbus.delivery.encoded_messages import EncodedMessages
 from catbus.delivery.reply_lines import HeadLine, HistoryLine, SubscriptionLine
 from catbus.delivery.send_queue import (
     LIST_SLOT_BYTES,
@@ -14,7 +15,6 @@ from catbus.delivery.send_queue import (
     REPLY_BYTES,
     SUBSCRIPTION_LINE_BYTES,
     Budget,
-    EncodedMessages,
     SendQueue,
     size_of_replies,
 )

@@ -11,7 +11,8 @@ from itertools import accumulate
 from operator import attrgetter
 
 from ..log import Entry
-from .send_queue import OVERHEAD, EncodedMessages, SendQueue
+from .encoded_messages import OVERHEAD, EncodedMessages
+from .send_queue import SendQueue
 from .subscription import Subscription, merge, without
 
 _seq = attrgetter("seq")

@@ -6,7 +6,8 @@ from collections import deque
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 
 from ..log import Entry
-from .send_queue import EncodedMessages, SendQueue
+from .encoded_messages import EncodedMessages
+from .send_queue import SendQueue
 from .subscription import Subscription
 
 ERASED_PER_CHECKPOINT = 100

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Collection, Hashable, Iterator, Sequence
-from dataclasses import dataclass
 from functools import partial
 from operator import attrgetter
 
@@ -20,8 +19,10 @@ from ..log import Entry, Log, LogPage, Resumption
 from ..protocol.wire_messages import Gap, Live
 from .catch_up import CatchUpSweeps, PatternMatches, feed
 from .channel_rates import ChannelRates
+from .delivery_statistics import DeliveryStatistics
+from .encoded_messages import EncodedMessages
 from .erasure import erase_waiting, find_lowest_seq
-from .send_queue import Budget, EncodedMessages, SendQueue
+from .send_queue import Budget, SendQueue
 from .subscription import (
     AHEAD,
     CLOSED,
@@ -52,27 +53,6 @@ KEPT_OF_BUDGET = 0.75
 """Part of the budget that is still in use after the largest send queues have dropped messages to stay within it."""
 
 _size = attrgetter("size")
-
-
-@dataclass(frozen=True, slots=True)
-class DeliveryStatistics:
-    """`live` and `lagging`: subscriptions. `patterns`: distinct patterns of all of them.
-
-    `lag`: the largest lag, in messages. `lags`: times that a live subscription began to lag. `sweeps`: pages read for
-    lagging subscriptions. `held`: bytes in all send queues. `withdrawals`: times that a send queue dropped messages to
-    stay within the budget. `delivered`: messages taken from send queues to be sent, once for each subscription.
-    """
-
-    position: int
-    live: int
-    lagging: int
-    patterns: int
-    lag: int
-    lags: int
-    sweeps: int
-    held: int
-    withdrawals: int
-    delivered: int
 
 
 class Delivery:

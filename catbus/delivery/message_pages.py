@@ -22,8 +22,9 @@ from ..errors import PeerError, Unavailable
 from ..limits.client_usage import ClientUsages
 from ..limits.cpu_scheduler import CpuScheduler
 from ..log import Entry, Log, LogPage
+from .encoded_messages import OVERHEAD
 from .fan_out import PAGE_BYTES, Delivery
-from .send_queue import OVERHEAD, SendQueue
+from .send_queue import SendQueue
 from .subscription import Subscription
 from .topic_tree import TopicTree
 

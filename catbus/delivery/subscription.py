@@ -10,8 +10,9 @@ from operator import attrgetter
 from ..log import Entry
 from ..protocol.server_sent_events import encode_reply
 from ..protocol.wire_messages import Gap, Live, ProtocolVersion
+from .encoded_messages import EncodedMessages
 from .reply_lines import SubscriptionLine
-from .send_queue import EncodedMessages, SendQueue
+from .send_queue import SendQueue
 from .topic_tree import Group, TopicTree
 
 PAGE_ROWS = 4000

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 
-from ..delivery.send_queue import QueueItem
+from ..delivery.encoded_messages import QueueItem
 from ..protocol.wire_messages import ProtocolVersion
 
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from ..delivery.send_queue import QueueItem, SendQueue, size_of_replies
+from ..delivery.encoded_messages import QueueItem
+from ..delivery.send_queue import SendQueue, size_of_replies
 from .connection_registry import ConnectionRegistry
 from .item_encoder import ItemEncoder
 from .socket_writer import SocketWriter

@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 from ..auth.jwt_keys import KeySetStatistics
-from ..delivery.fan_out import DeliveryStatistics
+from ..delivery.delivery_statistics import DeliveryStatistics
 from ..delivery.flusher import FlushStatistics
 from ..endpoints.http.http_endpoint import HttpEndpoint, HttpEndpointStatistics
 from ..endpoints.webtransport.quic_endpoint import QuicEndpoint, QuicEndpointStatistics

@@ -6,7 +6,7 @@ from bisect import bisect_right
 from collections.abc import Sequence
 from itertools import accumulate
 
-from ..delivery.send_queue import OVERHEAD
+from ..delivery.encoded_messages import OVERHEAD
 from ..log import Entry
 
 MAX_HISTORY = 1000

@@ -16,7 +16,7 @@ from catbus.auth.grants import Grants, Identity
 from catbus.auth.tokens import sign
 from catbus.close_codes import CloseCode
 from catbus.config import DrainSettings, LimitSettings
-from catbus.delivery import send_queue
+from catbus.delivery import encoded_messages
 from catbus.protocol.server_sent_events import encode_message_event
 from catbus.session.driver import SessionDriver
 from tests.brokers import CONFIG, SECRET, TOKEN, request, running
@@ -314,7 +314,7 @@ async def test_equal_streams_share_what_is_encoded(monkeypatch: pytest.MonkeyPat
         encoded.append(fields)
         return encode_message_event(*fields)
 
-    monkeypatch.setattr(send_queue, "encode_message_event", encode)
+    monkeypatch.setattr(encoded_messages, "encode_message_event", encode)
     async with (
         running() as (broker, address),
         events(address, "pattern=a&pattern=a.*") as one,

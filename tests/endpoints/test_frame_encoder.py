@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from catbus.delivery.send_queue import EncodedMessages
+from catbus.delivery.encoded_messages import EncodedMessages
 from catbus.endpoints.websocket.frame_encoder import (
     FRAME_SIZE,
     PING,

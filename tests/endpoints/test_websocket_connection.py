@@ -15,7 +15,8 @@ from trio.testing import MockClock, lockstep_stream_pair, memory_stream_pair, wa
 from catbus.auth.tokens import Authenticator
 from catbus.close_codes import CloseCode
 from catbus.config import Config, LimitSettings
-from catbus.delivery.send_queue import EncodedMessages, SendQueue
+from catbus.delivery.encoded_messages import EncodedMessages
+from catbus.delivery.send_queue import SendQueue
 from catbus.endpoints.connection_registry import ConnectionRegistry
 from catbus.endpoints.queue_writer import STALL_TIMEOUT, WRITE_SIZE
 from catbus.endpoints.replica_interface import ReplicaInterface

@@ -7,8 +7,9 @@ from dataclasses import dataclass, field
 from itertools import count
 from typing import Protocol
 
+from catbus.delivery.encoded_messages import EncodedMessages
 from catbus.delivery.fan_out import Delivery
-from catbus.delivery.send_queue import EncodedMessages, SendQueue
+from catbus.delivery.send_queue import SendQueue
 from catbus.delivery.subscription import Subscription
 from catbus.error_codes import ErrorCode
 from catbus.log import Append, Committed, Log, Outcome

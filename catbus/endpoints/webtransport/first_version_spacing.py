@@ -11,7 +11,8 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Sequence
 
-from ...delivery.send_queue import QueueItem, SendQueue
+from ...delivery.encoded_messages import QueueItem
+from ...delivery.send_queue import SendQueue
 
 SPACING = 0.025, 0.1
 """Minimum and maximum seconds from the acknowledgement of an object to the next object."""

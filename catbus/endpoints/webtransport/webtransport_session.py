@@ -7,7 +7,8 @@ from collections.abc import Callable, Hashable, Sequence
 import trio
 
 from ...close_codes import CloseCode
-from ...delivery.send_queue import QueueItem, SendQueue
+from ...delivery.encoded_messages import QueueItem
+from ...delivery.send_queue import SendQueue
 from ...protocol.wire_messages import ProtocolVersion
 from ...session.publishing import STOPPING
 from ...webtransport import (
