@@ -28,6 +28,8 @@ class Issuer:
         self.headers: list[str] = []
         self.requests: list[str] = []
         """The heads of the requests so far."""
+        self.sent = 0
+        """Bytes of the bodies that were sent so far."""
         self.answering = trio.Event()
         """The server answers while it is set."""
         self.answering.set()
@@ -91,6 +93,7 @@ class Issuer:
                 for part in parts:
                     await self.answering.wait()
                     await stream.send_all(part)
+                    self.sent += len(part)
         except (trio.BrokenResourceError, trio.ClosedResourceError):
             pass
 
