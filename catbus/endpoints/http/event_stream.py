@@ -9,7 +9,6 @@ from typing import Annotated
 import trio
 from msgspec import UNSET, Meta, Struct, UnsetType
 
-from ...close_codes import CloseCode
 from ...error_codes import ErrorCode
 from ...errors import PeerError
 from ...limits.cpu_scheduler import CpuScheduler
@@ -21,7 +20,6 @@ from ..queue_writer import QueueWriter
 from ..replica_interface import ReplicaInterface, SessionInterface
 from ..socket_writer import SocketWriter
 from .error_responses import error_response
-from .event_encoder import LAST_CHUNK, chunk, make_event_encoder
 from .formats import CURSOR, OPTIONAL_CURSOR, PATTERN
 from .http_request import Headers, HttpRequest, request_token
 from .http_response import HttpResponse
@@ -135,11 +133,15 @@ async def open_event_stream(
 
 
 class EventStream(QueueWriter):
-    """Writes the send queue of one session to the body of an HTTP response."""
+    """Writes the send queue of one session to the body of an HTTP response.
+
+    The end of the connection ends the body (RFC 9112, section 6.3), and the event `close` says that it is complete.
+    There are no chunks, of which WHATWG HTML warns (section 9.2.7): HAProxy takes a chunk as a sign that more follows,
+    and the kernel then holds back each event for 200 ms.
+    """
 
     def __init__(self, replica: ReplicaInterface, registry: ConnectionRegistry, request: HttpRequest) -> None:
-        self._chunked = request.version >= b"1.1"
-        super().__init__(registry, registry.event_encoder if self._chunked else make_event_encoder(chunked=False))
+        super().__init__(registry, registry.event_encoder)
         self._cpu_scheduler: CpuScheduler = replica.cpu_scheduler
         self._send_buffer = replica.config.websocket.send_buffer
         self._scope = trio.CancelScope()
@@ -187,7 +189,7 @@ class EventStream(QueueWriter):
                 nursery.cancel_scope.cancel()
 
     async def _send_events(self, stream: trio.abc.Stream, head: bytes) -> None:
-        self._writer.write(head + self._body(_retry()))
+        self._writer.write(head + _retry())
         self._send_queue = self._driver.send_queue
         self.flush()
         try:
@@ -199,7 +201,8 @@ class EventStream(QueueWriter):
         finally:
             closing = self._driver.closing
             if closing is not None:
-                self._writer.close(self._end_of_body(*closing))
+                code, reason = closing
+                self._writer.close(event("close", {"code": code, "reason": reason}))
             self.end()
 
     async def _read(self, stream: trio.abc.Stream) -> None:
@@ -211,13 +214,6 @@ class EventStream(QueueWriter):
         except (trio.BrokenResourceError, trio.ClosedResourceError):
             pass
         self.end()
-
-    def _body(self, blocks: bytes) -> bytes:
-        return chunk(blocks) if self._chunked else blocks
-
-    def _end_of_body(self, code: CloseCode, reason: str) -> bytes:
-        block = self._body(event("close", {"code": code, "reason": reason}))
-        return block + LAST_CHUNK if self._chunked else block
 
 
 def _retry() -> bytes:

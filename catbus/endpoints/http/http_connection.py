@@ -185,8 +185,10 @@ class HttpConnection:
         self._on_authenticated()
         self._unauthenticated.release()
         try:
-            headers = [*HEADERS, (b"content-type", CONTENT_TYPE), (b"transfer-encoding", b"chunked")]
-            await events.serve(self._stream, self._head(request, 200, [*headers, (b"connection", b"close")]))
+            headers = [*HEADERS, (b"content-type", CONTENT_TYPE), (b"connection", b"close")]
+            lines = [b"%b: %b\r\n" % header for header in self._complete_headers(request, 200, headers)]
+            # Not by h11, which would announce chunks.
+            await events.serve(self._stream, b"HTTP/1.1 200 OK\r\n%b\r\n" % b"".join(lines))
         finally:
             events.end()
 
@@ -335,6 +337,15 @@ class HttpConnection:
 
     def _head(self, request: HttpRequest | None, status: int, headers: Headers) -> bytes:
         """Return the head of the response to `request`, which is counted with it."""
+        completed = self._complete_headers(request, status, headers)
+        return self._http.send(
+            h11.Response(status_code=status, headers=completed, reason=HTTPStatus(status).phrase.encode())
+        )
+
+    def _complete_headers(
+        self, request: HttpRequest | None, status: int, headers: Headers
+    ) -> list[tuple[bytes, bytes]]:
+        """Add what all responses have to the headers of one, and count it."""
         dated = [(b"date", formatdate(usegmt=True).encode()), *headers]
         if request is not None:
             route, origins = route_of(request.path), self._replica.config.websocket.allowed_origins
@@ -343,6 +354,4 @@ class HttpConnection:
             shown = _LOGGED_PATH.match(request.path)
             assert shown is not None
             logger.debug("request", method=request.method, path=shown[0], status=status)
-        return self._http.send(
-            h11.Response(status_code=status, headers=dated, reason=HTTPStatus(status).phrase.encode())
-        )
+        return dated
