@@ -155,16 +155,12 @@ $(venv)/installed-schemathesis: $(venv)/made tests/openapi/requirements.txt
 	@$(subst $(bin),$(venv)/schemathesis/bin,$(pip)) install --requirement tests/openapi/requirements.txt
 	@touch $@
 
-# The programs of the conformance tests: client libraries, Caddy, and the distribution's nginx. Without nginx, the table
-# says so.
+# The programs of the conformance tests: client libraries and Caddy.
 $(venv)/installed-conformance: $(venv)/made tests/conformance/requirements.txt tests/conformance/programs.txt
 	@echo 'Installing WebSocket clients and proxies (once; this can take a minute) ...'
 	@rm -rf $(venv)/conformance && $(bin)/python -m venv $(venv)/conformance
 	@$(subst $(bin),$(venv)/conformance/bin,$(pip)) install --requirement tests/conformance/requirements.txt
 	@$(subst $(bin),$(venv)/conformance/bin,$(pip)) install --no-deps --require-hashes --requirement tests/conformance/programs.txt
-	@if ! PATH=$$PATH:/usr/sbin command -v nginx >/dev/null && [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null; then \
-		apt-get update -qq && apt-get install -y -qq --no-install-recommends nginx >/dev/null || true; \
-	fi
 	@touch $@
 
 # The Autobahn suite needs Python 2.7: PYTHON2, `python2.7` on PATH, or pyenv's.
@@ -182,10 +178,10 @@ $(venv)/installed-autobahn: $(venv)/installed-conformance tests/conformance/auto
 			install --no-warn-script-location --requirement tests/conformance/autobahn.txt && touch $@; \
 	fi
 
-# The distribution's Chromium, Firefox, PgBouncer and HAProxy. If one cannot be installed, the tests that use it say so.
+# The distribution's Chromium, Firefox, PgBouncer, HAProxy and nginx. If one cannot be installed, the tests that use it say so.
 $(venv)/programs: $(venv)/made Makefile
 	@missing=; \
-	for program in chromium firefox-esr haproxy pgbouncer; do \
+	for program in chromium firefox-esr haproxy nginx pgbouncer; do \
 		PATH=$$PATH:/usr/sbin command -v $$program >/dev/null || missing="$$missing $$program"; \
 	done; \
 	if [ -n "$$missing" ] && [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null; then \

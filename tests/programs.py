@@ -14,7 +14,7 @@ CLIENT = Path(__file__).parent.parent / "clients" / "javascript"
 
 def find_program(package: str, *names: str) -> str:
     """Where it is. Without one the test is skipped, or fails where it must not be missing."""
-    path = os.environ.get("PATH", "") + ":/usr/sbin"
+    path = os.environ.get("PATH", "") + ":/usr/sbin:/usr/local/go/bin"
     for name in names:
         if found := shutil.which(name, path=path):
             return found

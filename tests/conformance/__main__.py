@@ -17,18 +17,29 @@ import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Sequence
 from functools import partial
 from pathlib import Path
+from typing import TypeVar
 
 import pytest
 import trio
 
 from tests.browser.driver import PROGRAMS
 from tests.conformance import autobahn, proxies, third_party_clients
-from tests.conformance.client_steps import STEPS, ClientUnderTest
+from tests.conformance.client_steps import STEPS
 from tests.conformance.echo import MESSAGE_SIZE, serve_echo
-from tests.conformance.network_paths import EXTENDED_CONNECT, NETWORK_PATHS, Certificates
+from tests.conformance.event_stream_clients import CURL, EVENT_STREAM_CLIENTS, EventStreamClient
+from tests.conformance.event_stream_steps import EVENT_STREAM_STEPS, EventStreamStep, EventStreamUnderTest, quiet
+from tests.conformance.network_paths import (
+    EVENT_STREAM_PATHS,
+    EXTENDED_CONNECT,
+    NETWORK_PATHS,
+    PROXY_TIMEOUT,
+    SHORT_TIMEOUTS,
+    Certificates,
+    NetworkPath,
+)
 from tests.foreign.test_webtransport import run_session
 from tests.programs import CLIENT, find_for_conformance, find_foreign_python, find_program
 
@@ -39,6 +50,7 @@ PASSED = "passed"
 Missing = pytest.skip.Exception, pytest.fail.Exception
 """The exceptions that `tests.programs` raises for a program that is not installed."""
 
+T = TypeVar("T")
 Row = Sequence[object]
 Results = dict[str, str]
 """The result of each step: `PASSED`, maybe with a note; a dash and why the client cannot do it; or `FAILED` and why."""
@@ -81,9 +93,9 @@ async def run_autobahn(certificates: Certificates, directory: Path, only: Sequen
 # Client libraries and browsers
 
 
-async def run_steps(client: ClientUnderTest) -> Results:
+async def run_steps(client: T, steps: Iterable[Callable[[T], Awaitable[str | None]]]) -> Results:
     results: Results = {}
-    for step in STEPS:
+    for step in steps:
         try:
             with trio.fail_after(STEP_TIMEOUT):
                 note = await step(client)
@@ -115,7 +127,7 @@ async def run_clients(
                         if proxy_name := NETWORK_PATHS[path].proxy:
                             proxies.PROGRAMS[proxy_name]()
                         async with NETWORK_PATHS[path].open(driver, certificates, place) as (client, proxy):
-                            results[name, path] = await run_steps(client)
+                            results[name, path] = await run_steps(client, STEPS)
                     except Missing as missing:
                         results[name, path] = {"all": f"- {missing}"}
                         continue
@@ -125,6 +137,63 @@ async def run_clients(
         except Missing as missing:
             results |= {(name, path): {"all": f"- {missing}"} for path in paths}
     return results, versions
+
+
+# Event streams
+
+
+async def run_event_streams(certificates: Certificates, only: Sequence[str]) -> dict[tuple[str, str], Results]:
+    """The results of each client of event streams on each path."""
+    results: dict[tuple[str, str], Results] = {}
+    paths = select(EVENT_STREAM_PATHS, only)
+    for name in select(EVENT_STREAM_CLIENTS, only):
+        try:
+            async with EVENT_STREAM_CLIENTS[name]() as client:
+                for path in paths:
+                    results[name, path] = await run_event_stream(
+                        client, EVENT_STREAM_PATHS[path], certificates, EVENT_STREAM_STEPS
+                    )
+                    print(f"{name}, {path}: {summary(results[name, path])}", file=sys.stderr, flush=True)
+        except Missing as missing:
+            results |= {(name, path): {"all": f"- {missing}"} for path in paths}
+    return results
+
+
+async def run_quiet_streams(certificates: Certificates) -> dict[str, str]:
+    """The result of a stream without messages through each proxy whose timeout is short."""
+    results = {}
+    for name, path in SHORT_TIMEOUTS.items():
+        found = await run_event_stream(CURL, path, certificates, (quiet,))
+        results[name] = found.get(quiet.__name__) or found["all"]
+    return results
+
+
+async def run_event_stream(
+    client: EventStreamClient, path: NetworkPath, certificates: Certificates, steps: Iterable[EventStreamStep]
+) -> Results:
+    with tempfile.TemporaryDirectory() as place:
+        try:
+            if path.proxy:
+                proxies.PROGRAMS[path.proxy]()
+            async with path.run_broker(certificates, Path(place)) as (broker, origin, _):
+                url = f"{origin}/events?pattern=stream.*"
+                return await run_steps(EventStreamUnderTest(client, url, certificates.ca(url), broker), steps)
+        except Missing as missing:
+            return {"all": f"- {missing}"}
+
+
+def event_stream_tables(results: dict[tuple[str, str], Results]) -> list[str]:
+    paths = list(dict.fromkeys(path for _, path in results))
+    clients = list(dict.fromkeys(client for client, _ in results))
+    rows = [[client, *(summary(results[client, path]) for path in paths)] for client in clients]
+    parts = ["### Event streams, by path", table(["Client", *paths], rows)]
+    failed = [
+        [client, path, step, result]
+        for (client, path), each in results.items()
+        for step, result in each.items()
+        if result.startswith("FAILED")
+    ]
+    return [*parts, "### Failures of event streams", table(["Client", "Path", "Step", ""], failed)] if failed else parts
 
 
 def select(names: Iterable[str], only: Sequence[str]) -> list[str]:
@@ -175,25 +244,27 @@ def package_versions(find: Callable[[], Path], *names: str) -> list[Row]:
     return [[name, version_of(find, "-c", code, name)] for name in names]
 
 
+def npm_versions(*names: str) -> list[Row]:
+    find, options = partial(find_program, "npm", "npm"), ("ls", "--prefix", str(CLIENT))
+    return [[name, version_of(find, *options, name, pattern=rf"(?<= {name}@)[\w.]+")] for name in names]
+
+
 def versions_table() -> str:
     browsers = [[name, version_of(partial(find_program, *PROGRAMS[name.lower()]), "--version")] for name in BROWSERS]
     python2 = partial(find_for_conformance, "python", "autobahn")
     suite = version_of(python2, "-m", "pip", "show", "autobahntestsuite", pattern=r"(?<=Version: )\S+")
     rows: list[Row] = [
         ["Python of the broker", sys.version.split()[0]],
-        *[[name, importlib.metadata.version(name)] for name in ("trio-websocket", "wsproto", "aioquic")],
+        *[[name, importlib.metadata.version(name)] for name in ("trio-websocket", "wsproto", "aioquic", "httpx-sse")],
         ["Autobahn suite", suite],
         *package_versions(
             partial(find_for_conformance, "python"), "websockets", "aiohttp", "websocket-client", "niquests"
         ),
         *package_versions(find_foreign_python, "pywebtransport", "web-transport-quinn"),
         ["Node", version_of(partial(find_program, "nodejs", "node"), "--version")],
-        [
-            "ws",
-            version_of(
-                lambda: find_program("npm", "npm"), "ls", "--prefix", str(CLIENT), "ws", pattern=r"(?<=ws@)[\w.]+"
-            ),
-        ],
+        *npm_versions("ws", "eventsource"),
+        ["Go", version_of(partial(find_program, "golang-go", "go"), "version")],
+        ["curl", version_of(partial(find_program, "curl", "curl"), "--version")],
         *browsers,
         *[[name, version_of(find, OPTIONS[name])] for name, find in proxies.PROGRAMS.items()],
     ]
@@ -223,6 +294,14 @@ async def run(only: Sequence[str]) -> tuple[str, bool]:
             results, versions = await run_clients(certificates, directory, only)
             parts += tables(results, versions)
             passed &= all(passes(client, path, each) for (client, path), each in results.items())
+        if is_selected(only, "event-streams", *EVENT_STREAM_CLIENTS):
+            streams = await run_event_streams(certificates, only)
+            parts += event_stream_tables(streams)
+            passed &= all(passes(client, path, each) for (client, path), each in streams.items())
+            quiet_streams = await run_quiet_streams(certificates)
+            timeout = f"Without messages for longer than its timeout, here {PROXY_TIMEOUT} s"
+            parts += ["### Quiet event streams", table(["Path", timeout], list(quiet_streams.items()))]
+            passed &= not any(result.startswith("FAILED") for result in quiet_streams.values())
         if is_selected(only, "webtransport"):
             found = await run_webtransport_libraries()
             parts += ["### WebTransport libraries", table(["Library", "A session"], list(found.items()))]
@@ -298,7 +377,7 @@ def write(path: Path, text: str) -> None:
 
 
 def main() -> None:
-    names = [*third_party_clients.CLIENTS, *NETWORK_PATHS]
+    names = [*third_party_clients.CLIENTS, *NETWORK_PATHS, *EVENT_STREAM_CLIENTS, *EVENT_STREAM_PATHS]
     parser = argparse.ArgumentParser(
         prog="python -m tests.conformance", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -307,11 +386,11 @@ def main() -> None:
         nargs="+",
         default=[],
         metavar="NAME",
-        help=f"autobahn, or cases of it (6.*); webtransport; {', '.join(names)}",
+        help=f"autobahn, or cases of it (6.*); event-streams; webtransport; {', '.join(names)}",
     )
     parser.add_argument("--write", type=Path, metavar="FILE", help="write the tables into this document")
     options = parser.parse_args()
-    known = {"autobahn", "webtransport", *names}
+    known = {"autobahn", "event-streams", "webtransport", *names}
     if unknown := [name for name in options.only if name not in known and "." not in name]:
         parser.error(f"unknown name: {', '.join(unknown)}")
     text, passed = trio.run(run, options.only)

@@ -14,7 +14,7 @@ import catbus
 from catbus.config import WebTransportSettings
 from tests.brokers import CONFIG, running
 from tests.conformance.client_steps import PING_SETTINGS, ClientUnderTest
-from tests.conformance.proxies import ProxyInstance, run_proxy
+from tests.conformance.proxies import PROXIES, ProxyInstance, run_proxy
 from tests.conformance.third_party_clients import ThirdPartyClient
 
 
@@ -31,16 +31,23 @@ class Certificates:
         self.certificate.write_bytes(b"".join(pem.bytes() for pem in self.issued.cert_chain_pems))
         self.key.write_bytes(self.issued.private_key_pem.bytes())
 
+    def ca(self, url: str) -> str | None:
+        """The file of the authority for a URL; None without TLS."""
+        return str(self.authority) if url.startswith(("https:", "wss:")) else None
+
 
 @dataclass(frozen=True, slots=True)
 class NetworkPath:
     """A path through the proxy of this name, or directly to the broker, with or without TLS.
 
-    `environment` is that of the proxy.
+    `default`: the proxy has its default configuration, without TLS. `changes`: texts of its configuration that are
+    replaced. `environment` is that of the proxy.
     """
 
     tls: bool = False
     proxy: str = ""
+    default: bool = False
+    changes: Mapping[str, str] = field(default_factory=dict)
     environment: Mapping[str, str] = field(default_factory=dict)
 
     @asynccontextmanager
@@ -48,12 +55,25 @@ class NetworkPath:
         self, driver: ThirdPartyClient, certificates: Certificates, directory: Path
     ) -> AsyncIterator[tuple[ClientUnderTest, ProxyInstance | None]]:
         """Run a broker at the end of this path. Yields the client under test and the proxy, if there is one."""
+        async with self.run_broker(certificates, directory) as (broker, origin, proxy):
+            await driver.load(f"{origin}/catbus.js")
+            url = origin.replace("http", "ws", 1) + "/ws"
+            yield ClientUnderTest(driver, url, certificates.ca(url), broker), proxy
+
+    @asynccontextmanager
+    async def run_broker(
+        self, certificates: Certificates, directory: Path
+    ) -> AsyncIterator[tuple[catbus.Broker, str, ProxyInstance | None]]:
+        """Run a broker at the end of this path. Yields it, its origin for clients, and the proxy, if there is one."""
         async with running(self.config(certificates), seconds=600) as (broker, address):
             if not self.proxy:
-                yield await self._load(driver, broker, address, certificates), None
+                yield broker, f"http{'s' if self.tls else ''}://{address}", None
                 return
-            async with run_proxy(self.proxy, address, certificates.issued, directory, **self.environment) as proxy:
-                yield await self._load(driver, broker, f"127.0.0.1:{proxy.port}", certificates), proxy
+            certificate = None if self.default else certificates.issued
+            async with run_proxy(
+                self.proxy, [address], certificate, directory, self.changes, **self.environment
+            ) as proxy:
+                yield broker, proxy.origin, proxy
 
     def config(self, certificates: Certificates) -> catbus.Config:
         websocket = msgspec.structs.replace(
@@ -61,15 +81,6 @@ class NetworkPath:
         )
         webtransport = WebTransportSettings(bind=(), cert=str(certificates.certificate), key=str(certificates.key))
         return msgspec.structs.replace(CONFIG, websocket=websocket, webtransport=webtransport)
-
-    async def _load(
-        self, driver: ThirdPartyClient, broker: catbus.Broker, address: str, certificates: Certificates
-    ) -> ClientUnderTest:
-        secure = "s" if self.tls or self.proxy else ""
-        await driver.load(f"http{secure}://{address}/catbus.js")
-        return ClientUnderTest(
-            driver, f"ws{secure}://{address}/ws", str(certificates.authority) if secure else None, broker
-        )
 
 
 NETWORK_PATHS = {
@@ -82,3 +93,20 @@ NETWORK_PATHS = {
 }
 EXTENDED_CONNECT = "HAProxy", "Caddy with http2xconnect"
 """Paths that support WebSocket over HTTP/2 (RFC 8441)."""
+
+EVENT_STREAM_PATHS = {
+    **{name: NETWORK_PATHS[name] for name in ("plain", "TLS", "nginx", "HAProxy", "Caddy")},
+    **{f"{name}, default settings": NetworkPath(proxy=name, default=True) for name in PROXIES},
+}
+
+PROXY_TIMEOUT = 3
+"""Seconds without data after which the proxies of `SHORT_TIMEOUTS` end a stream. Caddy has no such timeout."""
+_TIMEOUT = f"{PROXY_TIMEOUT}s"
+SHORT_TIMEOUTS = {
+    "nginx": NetworkPath(proxy="nginx", changes={"75s": _TIMEOUT}),
+    "nginx, default settings": NetworkPath(
+        proxy="nginx", default=True, changes={"proxy_pass": f"proxy_read_timeout {_TIMEOUT}; proxy_pass"}
+    ),
+    "HAProxy": NetworkPath(proxy="HAProxy", changes={"75s": _TIMEOUT}),
+    "HAProxy, default settings": NetworkPath(proxy="HAProxy", default=True, changes={"50s": _TIMEOUT}),
+}

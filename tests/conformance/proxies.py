@@ -1,4 +1,7 @@
-"""nginx, HAProxy and Caddy with the configurations of `docs/proxies.md`. Only addresses and paths are replaced."""
+"""nginx, HAProxy and Caddy with the configurations of `docs/proxies.md`, and with their default settings.
+
+Only addresses, ports and files are replaced.
+"""
 
 from __future__ import annotations
 
@@ -6,9 +9,9 @@ import os
 import re
 import socket
 import subprocess
-from collections.abc import AsyncIterator, Callable, Mapping
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
@@ -26,15 +29,60 @@ PROGRAMS: Mapping[str, Callable[[], str]] = {
 }
 """A function for each proxy that finds its program, or skips the test."""
 
+DEFAULT_CONFIGURATIONS = {
+    "nginx": """\
+upstream catbus {
+    server 127.0.0.1:8080;
+}
+server {
+    listen 80;
+    location / {
+        proxy_pass http://catbus;
+    }
+}
+""",
+    "HAProxy": """\
+defaults
+    mode http
+    timeout connect 5s
+    timeout client 50s
+    timeout server 50s
+
+frontend clients
+    bind :80
+    default_backend replicas
+
+backend replicas
+    server replica1 127.0.0.1:8080
+""",
+    "Caddy": """\
+:80 {
+    reverse_proxy 127.0.0.1:8080
+}
+""",
+}
+"""Configurations without TLS that only name the replicas. HAProxy warns without timeouts; these are Debian's."""
+
+NEXT_REPLICA = {"nginx": "; server ", "HAProxy": "\n    server replica2 ", "Caddy": " "}
+"""The text between the addresses of two replicas in each configuration."""
+
 
 @dataclass(frozen=True, slots=True)
 class ProxyInstance:
-    """The directory, port and certificate of a proxy, and the address of the broker behind it."""
+    """The directory and port of a proxy, the addresses of the replicas behind it, and changes of its configuration.
+
+    Without a certificate it has its default configuration, and no TLS.
+    """
 
     directory: Path
     port: int
-    broker: str
-    certificate: trustme.LeafCert
+    replicas: Sequence[str]
+    certificate: trustme.LeafCert | None
+    changes: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def origin(self) -> str:
+        return f"http{'' if self.certificate is None else 's'}://127.0.0.1:{self.port}"
 
     @property
     def log(self) -> Path:
@@ -63,66 +111,77 @@ def replace_all(text: str, changes: Mapping[str, str]) -> str:
     return text
 
 
+def configuration(proxy: ProxyInstance, name: str, documented: Mapping[str, str], default: Mapping[str, str]) -> str:
+    """The configuration of a proxy. `documented` and `default` are changes of the two."""
+    replicas = {"127.0.0.1:8080": NEXT_REPLICA[name].join(proxy.replicas)}
+    if proxy.certificate is None:
+        return replace_all(DEFAULT_CONFIGURATIONS[name], {**replicas, **default, **proxy.changes})
+    text = documented_configuration({"Caddy": "caddyfile"}.get(name, name.lower()))
+    return replace_all(text, {**replicas, **documented, **proxy.changes})
+
+
+def write_certificate(proxy: ProxyInstance) -> None:
+    if proxy.certificate is not None:
+        (proxy.directory / "tls.crt").write_bytes(b"".join(pem.bytes() for pem in proxy.certificate.cert_chain_pems))
+        (proxy.directory / "tls.key").write_bytes(proxy.certificate.private_key_pem.bytes())
+        (proxy.directory / "tls.pem").write_bytes(proxy.certificate.private_key_and_cert_chain_pem.bytes())
+
+
 def configure_nginx(proxy: ProxyInstance) -> list[str]:
     directory = proxy.directory
-    (directory / "tls.crt").write_bytes(b"".join(pem.bytes() for pem in proxy.certificate.cert_chain_pems))
-    (directory / "tls.key").write_bytes(proxy.certificate.private_key_pem.bytes())
-    servers = replace_all(
-        documented_configuration("nginx"),
-        {
-            "127.0.0.1:8080": proxy.broker,
-            "listen 443 ": f"listen 127.0.0.1:{proxy.port} ",
-            "/etc/ssl/catbus/": f"{directory}/",
-        },
+    servers = configuration(
+        proxy,
+        "nginx",
+        {"listen 443 ": f"listen 127.0.0.1:{proxy.port} ", "/etc/ssl/catbus/": f"{directory}/"},
+        {"listen 80": f"listen 127.0.0.1:{proxy.port}"},
     )
     scratch = "".join(
         f"{name}_temp_path {directory}/{name};" for name in ("client_body", "proxy", "fastcgi", "uwsgi", "scgi")
     )
     user = "user root;" if os.geteuid() == 0 else ""
-    configuration = directory / "nginx.conf"
-    configuration.write_text(
+    path = directory / "nginx.conf"
+    path.write_text(
         f"{user} daemon off; pid {directory}/pid; error_log {directory}/error.log; events {{}}\n"
         f"""http {{ {scratch} log_format version '"proto":"$server_protocol","uri":"$uri"';"""
         f" access_log {proxy.log} version;\n{servers}}}\n"
     )
-    return [PROGRAMS["nginx"](), "-p", str(directory), "-e", str(directory / "error.log"), "-c", str(configuration)]
+    return [PROGRAMS["nginx"](), "-p", str(directory), "-e", str(directory / "error.log"), "-c", str(path)]
 
 
 def configure_haproxy(proxy: ProxyInstance) -> list[str]:
-    (proxy.directory / "tls.pem").write_bytes(proxy.certificate.private_key_and_cert_chain_pem.bytes())
-    text = replace_all(
-        documented_configuration("haproxy"),
+    text = configuration(
+        proxy,
+        "HAProxy",
         {
-            "127.0.0.1:8080": proxy.broker,
             "bind :443 ": f"bind 127.0.0.1:{proxy.port} ",
             "/etc/ssl/catbus/": f"{proxy.directory}/",
             "frontend clients\n": "frontend clients\n    log stdout format raw local0\n"
             """    log-format '"proto":"%HV","uri":"%[var(txn.path)]"'\n    http-request set-var(txn.path) path\n""",
         },
+        {"bind :80": f"bind 127.0.0.1:{proxy.port}"},
     )
-    configuration = proxy.directory / "haproxy.cfg"
-    configuration.write_text(text)
-    return [PROGRAMS["HAProxy"](), "-db", "-f", str(configuration)]
+    path = proxy.directory / "haproxy.cfg"
+    path.write_text(text)
+    return [PROGRAMS["HAProxy"](), "-db", "-f", str(path)]
 
 
 def configure_caddy(proxy: ProxyInstance) -> list[str]:
-    (proxy.directory / "tls.crt").write_bytes(b"".join(pem.bytes() for pem in proxy.certificate.cert_chain_pems))
-    (proxy.directory / "tls.key").write_bytes(proxy.certificate.private_key_pem.bytes())
-    site = replace_all(
-        documented_configuration("caddyfile"),
+    site = configuration(
+        proxy,
+        "Caddy",
         {
-            "127.0.0.1:8080": proxy.broker,
             "bus.example.com {\n": f"https://127.0.0.1:{proxy.port} {{\n    bind 127.0.0.1\n"
             f"    tls {proxy.directory}/tls.crt {proxy.directory}/tls.key\n"
             f"    log {{\n        output file {proxy.log}\n    }}\n",
         },
+        {":80 {\n": f"http://127.0.0.1:{proxy.port} {{\n    bind 127.0.0.1\n"},
     )
-    configuration = proxy.directory / "Caddyfile"
-    configuration.write_text(
+    path = proxy.directory / "Caddyfile"
+    path.write_text(
         "{\n    admin off\n    auto_https disable_redirects\n    skip_install_trust\n    persist_config off\n"
         f"    storage file_system {proxy.directory}/caddy\n    servers {{\n        protocols h1 h2\n    }}\n}}\n{site}"
     )
-    return [PROGRAMS["Caddy"](), "run", "--adapter", "caddyfile", "--config", str(configuration)]
+    return [PROGRAMS["Caddy"](), "run", "--adapter", "caddyfile", "--config", str(path)]
 
 
 PROXIES: Mapping[str, Callable[[ProxyInstance], list[str]]] = {
@@ -135,13 +194,23 @@ PROXIES: Mapping[str, Callable[[ProxyInstance], list[str]]] = {
 
 @asynccontextmanager
 async def run_proxy(
-    name: str, broker: str, certificate: trustme.LeafCert, directory: Path, **environment: str
+    name: str,
+    replicas: Sequence[str],
+    certificate: trustme.LeafCert | None,
+    directory: Path,
+    changes: Mapping[str, str] | None = None,
+    **environment: str,
 ) -> AsyncIterator[ProxyInstance]:
-    """Run a proxy in front of the broker at this address until the block ends."""
+    """Run a proxy in front of the replicas at these addresses until the block ends.
+
+    Without a certificate it has its default configuration, and no TLS. `changes` are texts to replace in its
+    configuration.
+    """
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    proxy = ProxyInstance(directory, port, broker, certificate)
+    proxy = ProxyInstance(directory, port, replicas, certificate, changes or {})
+    write_certificate(proxy)
     command = PROXIES[name](proxy)
     async with trio.open_nursery() as nursery:
         with (proxy.log if name == "HAProxy" else directory / "output.log").open("ab") as output:

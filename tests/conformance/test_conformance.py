@@ -18,7 +18,15 @@ from tests.brokers import CONFIG, TOKEN, running
 from tests.conformance import autobahn, proxies, third_party_clients
 from tests.conformance.client_steps import codes, fragments, leaving, session
 from tests.conformance.echo import serve_echo
-from tests.conformance.network_paths import NETWORK_PATHS, Certificates
+from tests.conformance.event_stream_clients import (
+    CURL,
+    EVENTSOURCE,
+    HTTP_CLIENT,
+    HTTPX_SSE,
+    EventStreamClient,
+)
+from tests.conformance.event_stream_steps import EventStreamUnderTest, at_once, killed, reconnect
+from tests.conformance.network_paths import EVENT_STREAM_PATHS, NETWORK_PATHS, Certificates
 from tests.programs import find_program
 
 
@@ -40,6 +48,30 @@ async def test_third_party_client_works_through_a_documented_proxy(tmp_path: Pat
             assert proxy.versions() == {"HTTP/1.1"}
 
 
+async def test_clients_of_event_streams_resume_when_they_are_killed_and_when_their_streams_end(tmp_path: Path) -> None:
+    async def follow(client: EventStreamClient) -> None:
+        async with EVENT_STREAM_PATHS["plain"].run_broker(certificates, tmp_path) as (broker, origin, _):
+            stream = EventStreamUnderTest(client, f"{origin}/events?pattern=stream.*", None, broker)
+            await killed(stream)
+            await reconnect(stream)
+
+    certificates = Certificates(tmp_path)
+    async with trio.open_nursery() as nursery:
+        for client in (HTTP_CLIENT, HTTPX_SSE, EVENTSOURCE):
+            nursery.start_soon(follow, client)
+
+
+@pytest.mark.parametrize("path", ["HAProxy", "HAProxy, default settings", "nginx, default settings"])
+async def test_event_stream_passes_a_proxy_without_delay(tmp_path: Path, path: str) -> None:
+    """Each message arrives before the next one is published, and a client that is killed resumes."""
+    certificates = Certificates(tmp_path)
+    async with EVENT_STREAM_PATHS[path].run_broker(certificates, tmp_path) as (broker, origin, _):
+        url = f"{origin}/events?pattern=stream.*"
+        stream = EventStreamUnderTest(CURL, url, certificates.ca(url), broker)
+        await at_once(stream)
+        await killed(stream)
+
+
 async def fetch(port: int, path: str, *options: str, host: str = "bus.example.com") -> str:
     """The body of a response to a request for this host."""
     url = f"https://127.0.0.1:{port}{path}"
@@ -53,7 +85,7 @@ async def test_pages_and_origins_pass_through_each_documented_proxy(name: str, t
     settings = msgspec.structs.replace(CONFIG.websocket, allowed_origins=("https://listed.example",))
     config = msgspec.structs.replace(CONFIG, websocket=settings)
     certificate = trustme.CA().issue_cert("127.0.0.1")
-    async with running(config) as (broker, address), proxies.run_proxy(name, address, certificate, tmp_path) as proxy:
+    async with running(config) as (broker, address), proxies.run_proxy(name, [address], certificate, tmp_path) as proxy:
         pages: list[Any] = []
         host = f"127.0.0.1:{proxy.port}"
 
