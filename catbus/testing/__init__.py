@@ -8,7 +8,13 @@
 | `strategies`            | Hypothesis strategies for channels, grants, tokens, messages and hostile input     |
 | `reference_model`       | `ReferenceModel`: what each subscription has to receive                            |
 | `broker_state_machine`  | `BrokerMachine`: drives a broker and compares it with the model                    |
-| `protocol_client`       | the client of that state machine                                                   |
+| `machine_state`         | the settings of that state machine, and what its rules share                       |
+| `event_stream_rules`    | its rules about event streams                                                      |
+| `first_version_rules`   | its rules about clients of the first version of the protocol                       |
+| `protocol_client`       | its client over WebSocket or WebTransport                                          |
+| `event_stream`          | `EventStream`: a blocking client of `GET /events`                                  |
+| `first_version_client`  | a client of the first version of the protocol                                      |
+| `administration`        | requests of an administrator                                                       |
 | `hostile_client`        | a client that sends invalid input, and what the broker may reply                   |
 | `blocking_connection`   | `dial`: a connection for code that is not a coroutine                              |
 | `fuzz`                  | what `catbus fuzz` runs                                                            |
@@ -30,6 +36,7 @@ from .blocking_connection import BlockingConnection, ThreadedConnection, dial
 from .broker_in_thread import TestServer, open_test_server
 from .broker_state_machine import BrokerMachine
 from .broker_without_sockets import TestBroker, open_test_broker
+from .event_stream import EventBlock, EventStream
 from .reference_model import ReferenceModel
 from .strategies import (
     byte_streams,
@@ -48,6 +55,8 @@ from .strategies import (
 __all__ = [
     "BlockingConnection",
     "BrokerMachine",
+    "EventBlock",
+    "EventStream",
     "ReferenceModel",
     "TestBroker",
     "TestServer",

@@ -15,7 +15,7 @@ import trio
 from ..auth.grants import Grants
 from ..auth.tokens import sign
 from ..broker import Broker, serve
-from ..config import AuthSettings, Config, DrainSettings, WebSocketSettings, WebTransportSettings
+from ..config import AuthSettings, Config, DatabaseSettings, DrainSettings, WebSocketSettings, WebTransportSettings
 
 START_TIMEOUT = 30.0
 """Seconds that starting, and stopping, may take."""
@@ -53,24 +53,26 @@ class TestServer:
 
 
 @contextmanager
-def open_test_server(*, webtransport: bool = False) -> Iterator[TestServer]:
+def open_test_server(*, webtransport: bool = False, database_url: str = "memory") -> Iterator[TestServer]:
     """Run a broker on a free port, with an empty log, for the duration of the block.
 
         with open_test_server() as broker:
             async with catbus.connect(broker.url, token=broker.token("alice")) as bus: ...
 
     Works with any event loop, and without one. `webtransport` adds a WebTransport endpoint, which takes some 100 ms.
+    With a `database_url` the log is in that PostgreSQL.
     Raises the error that kept the broker from starting.
     """
     with TemporaryDirectory(prefix="catbus-test-") as state:
-        yield from _run(state, ("127.0.0.1:0",) if webtransport else ())
+        yield from _run(state, ("127.0.0.1:0",) if webtransport else (), database_url)
 
 
-def _run(state: str, quic: tuple[str, ...]) -> Iterator[TestServer]:
+def _run(state: str, quic: tuple[str, ...], database_url: str) -> Iterator[TestServer]:
     secret = secrets.token_urlsafe(32)
     config = Config(
         state=state,
         auth=AuthSettings(secrets=(secret,)),
+        database=DatabaseSettings(url=database_url),
         websocket=WebSocketSettings(bind=("127.0.0.1:0",)),
         webtransport=WebTransportSettings(bind=quic),
         drain=DrainSettings(delay=0, window=0, deadline=5),

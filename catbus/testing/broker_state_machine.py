@@ -6,53 +6,41 @@ After each step every client must have received exactly what the model expects.
 
 from __future__ import annotations
 
-import itertools
 import json
 import time
 from collections.abc import Callable, Iterable
-from functools import wraps
-from typing import Any, TypeVar, cast
 
 from hypothesis import strategies as st
-from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, initialize, invariant, precondition, rule
+from hypothesis.stateful import consumes, initialize, invariant, precondition, rule
 
 from ..auth.grants import Grants
-from ..auth.tokens import sign
-from .blocking_connection import BlockingConnection
+from ..close_codes import CloseCode
+from .event_stream_rules import EventStreamRules
+from .first_version_rules import FirstVersionRules
 from .hostile_client import attack
+from .machine_state import (
+    ALL,
+    CHANNELS,
+    PATTERNS,
+    MachineState,
+    compare,
+    has_administrator,
+    identities,
+    recorded,
+    some_channels,
+    some_grants,
+    some_patterns,
+)
 from .protocol_client import Message, ProtocolClient
-from .reference_model import ModelMessage, ModelSession, ReferenceModel, matches
+from .reference_model import ModelSession, ReferenceModel
 from .strategies import cut, hostile_streams
 
-CHANNELS = ("a", "a.b", "a.b.c", "ab", "b")
-PATTERNS = ("*", "a", "a.*", "a.b", "a.b.*", "b", "b.*")
-ALL = Grants(("*",), ("*",))
-
-some_channels = st.sampled_from(CHANNELS)
-some_patterns = st.sampled_from(PATTERNS)
-some_grants = st.just(ALL) | st.builds(
-    Grants,
-    read=st.lists(some_patterns, max_size=3, unique=True).map(tuple),
-    write=st.lists(some_patterns, max_size=3, unique=True).map(tuple),
-)
 cuts = st.lists(st.integers(0, 80), max_size=3).map(sorted)
+some_options = st.sampled_from([[], ["stream"], ["datagrams"], ["stream", "datagrams"]])
 some_pieces = hostile_streams().flatmap(cut)
 
-F = TypeVar("F", bound=Callable[..., Any])
 
-
-def recorded(step: F) -> F:
-    """Record this step and its arguments in `steps`, so that `replay` can take it again."""
-
-    @wraps(step)
-    def wrapper(self: BrokerMachine, **arguments: Any) -> Any:
-        self.steps.append((step.__name__, arguments))
-        return step(self, **arguments)
-
-    return cast(F, wrapper)
-
-
-class BrokerMachine(RuleBasedStateMachine):
+class BrokerMachine(EventStreamRules, FirstVersionRules):
     """Drives a broker. Subclasses define `connect`, which opens a connection, and the `secret` that signs tokens.
 
     The broker may have any number of replicas, and `connect` may connect to any of them. No one else may publish while
@@ -60,50 +48,26 @@ class BrokerMachine(RuleBasedStateMachine):
     the secret is unknown. If `token` then returns the same grants for every request, set `varied_grants` to False.
     Hostile clients publish below `hostile_root`, which must be outside `root`; without one they publish nothing. Run
     the machine as `MyMachine.TestCase`, with unittest or pytest.
+
+    Some clients are only driven if the machine is told how:
+
+    - with an `http_url`, the origin of an HTTP endpoint, clients open event streams, and an administrator disconnects
+      clients; for several replicas override `open_events`, and set `one_replica` to False;
+    - with `roles`, clients have roles, which `set_role` changes.
+
+    `connect_first_version` connects clients of the first version of the protocol.
     """
 
-    secret = ""
-    root = ""
-    varied_grants = True
-    hostile_root = ""
-    reply_timeout = 10.0
-    """Seconds to wait for a reply."""
-    delivery_timeout = 5.0
-    """Seconds to wait for acknowledged messages, which may come through another replica."""
-
-    def connect(self) -> BlockingConnection:
-        """Open a connection without authenticating."""
-        raise NotImplementedError
-
-    def token(self, name: str, grants: Grants) -> str:
-        """Return a token with these grants for the client id `name`."""
-        return sign(self.secret, client_id=name, grants=grants)
-
-    clients: Bundle[str] = Bundle("clients")
-    absent: Bundle[str] = Bundle("absent")
+    clients, absent = MachineState.clients, MachineState.absent
 
     def __init__(self) -> None:
         super().__init__()
-        self.model = ReferenceModel()
-        self.steps: list[tuple[str, dict[str, Any]]] = []
-        """The steps taken so far: names of methods and their arguments."""
-        self._clients: dict[str, ProtocolClient] = {}
-        self._sessions: dict[str, ModelSession] = {}
         self._absent: dict[str, ProtocolClient] = {}
-        self._names = (f"client-{number}" for number in itertools.count(1))
-        self._payloads = itertools.count(1)
-        self._ids = itertools.count(1)
-        self._producers = itertools.count(1)
-        self._ephemeral: dict[int, tuple[str, str | None]] = {}
-        """Published ephemeral messages: channel and sender, by payload."""
 
     def teardown(self) -> None:
         for client in self._clients.values():
             client.connection.close()
-
-    def _below_root(self, name: str) -> str:
-        """Return a channel or pattern below the root."""
-        return f"{self.root}.{name}" if self.root else name
+        super().teardown()
 
     # Connecting and disconnecting
 
@@ -117,6 +81,15 @@ class BrokerMachine(RuleBasedStateMachine):
     @recorded
     def connect_client(self, grants: Grants) -> str:
         return self._open(next(self._names), grants if self.varied_grants else ALL)
+
+    @precondition(lambda self: self.roles)
+    @rule(target=clients, grants=some_grants)
+    @recorded
+    def connect_client_with_role(self, grants: Grants) -> str:
+        """Connect a client whose grants are those of a role, which changes while it is connected."""
+        name = next(self._names)
+        self._role_tokens[name] = self.set_role(name, self._grants_below_root(grants))
+        return self._open(name, grants)
 
     @rule(name=consumes(clients), target=absent)
     @recorded
@@ -133,9 +106,20 @@ class BrokerMachine(RuleBasedStateMachine):
         self._reconnect(self._absent.pop(name))
         return name
 
+    @has_administrator
+    @rule(name=clients)
+    @recorded
+    def disconnect_as_administrator(self, name: str) -> None:
+        """Have the session closed, connect again, and resume every subscription at its cursor."""
+        client = self._clients[name]
+        self.disconnect(name)
+        code = client.wait_closed()
+        assert code == CloseCode.DISCONNECTED, f"{name} was closed with {code}"
+        self._reconnect(client)
+
     def _open(self, name: str, grants: Grants) -> str:
         client, grants = self._connect(name), self._grants_below_root(grants)
-        client.authenticate(self.token(name, grants))
+        client.authenticate(self._present_token(name, grants))
         if not self._sessions:
             self.model = ReferenceModel(client.head)
         session = ModelSession(client.client_id, grants, next(self._producers))
@@ -145,36 +129,42 @@ class BrokerMachine(RuleBasedStateMachine):
     def _reconnect(self, lost: ProtocolClient) -> ProtocolClient:
         before = self._sessions[lost.name]
         client = self._connect(lost.name)
-        client.authenticate(self.token(lost.name, before.grants), lost.producer)
+        client.authenticate(self._present_token(lost.name, before.grants), lost.producer)
         assert client.producer == lost.producer, "a reconnecting client keeps the producer that it sends"
         session = ModelSession(client.client_id, before.grants, before.producer)
         self._sessions[lost.name] = self.model.sessions[lost.name] = session
         for pattern, cursor in lost.cursors.items():
-            self._subscribe(lost.name, pattern, cursor, ())
+            self._subscribe(lost.name, pattern, cursor)
         return client
+
+    def _present_token(self, name: str, grants: Grants) -> str:
+        return self._role_tokens.get(name) or self.token(name, grants)
 
     def _connect(self, name: str) -> ProtocolClient:
         client = self._clients[name] = ProtocolClient(self.connect(), name, self._ids, self.reply_timeout)
         return client
 
-    def _grants_below_root(self, grants: Grants) -> Grants:
-        return Grants(tuple(map(self._below_root, grants.read)), tuple(map(self._below_root, grants.write)))
-
     # Subscribing
 
-    @rule(name=clients, pattern=some_patterns, places=cuts)
+    @rule(name=clients, pattern=some_patterns, places=cuts, options=some_options)
     @recorded
-    def subscribe(self, name: str, pattern: str, places: list[int]) -> None:
-        self._subscribe(name, self._below_root(pattern), None, places)
+    def subscribe(self, name: str, pattern: str, places: list[int], options: list[str]) -> None:
+        """Subscribe, over WebTransport perhaps on a stream of its own or with ephemeral messages as datagrams."""
+        self._subscribe(name, self._below_root(pattern), None, places, options)
 
-    @rule(name=clients, pattern=some_patterns, back=st.integers(0, 10))
+    @rule(name=clients, pattern=some_patterns, back=st.integers(0, 10), options=some_options)
     @recorded
-    def subscribe_since(self, name: str, pattern: str, back: int) -> None:
-        self._subscribe(name, self._below_root(pattern), max(self.model.base, self.model.head - back), ())
+    def subscribe_since(self, name: str, pattern: str, back: int, options: list[str]) -> None:
+        since = max(self.model.base, self.model.head - back)
+        self._subscribe(name, self._below_root(pattern), since, (), options)
 
-    def _subscribe(self, name: str, pattern: str, since: int | None, places: Iterable[int]) -> None:
+    def _subscribe(
+        self, name: str, pattern: str, since: int | None, places: Iterable[int] = (), options: Iterable[str] = ()
+    ) -> None:
         client = self._clients[name]
-        request: Message = {"type": "subscribe", "pattern": pattern}
+        request: Message = {"type": "subscribe", "pattern": pattern, **dict.fromkeys(options, True)}
+        if "datagrams" in options:
+            client.datagram_patterns.add(pattern)
         if since is not None:
             request |= {"since": since, "epoch": client.epoch}
         reply = client.request(request, places)
@@ -205,7 +195,7 @@ class BrokerMachine(RuleBasedStateMachine):
     @rule(name=clients, grants=some_grants)
     @recorded
     def replace_grants(self, name: str, grants: Grants) -> None:
-        """Authenticate again with a newer token. Subscriptions that it does not cover end."""
+        """Authenticate again with a newer token, or change the role. Subscriptions that are not covered end."""
         self._replace_grants(name, self._grants_below_root(grants), lambda: None)
 
     @precondition(lambda self: self.varied_grants)
@@ -219,16 +209,51 @@ class BrokerMachine(RuleBasedStateMachine):
 
     def _replace_grants(self, name: str, grants: Grants, meanwhile: Callable[[], None]) -> None:
         client = self._clients[name]
-        client.authenticate(self.token(name, grants))
+        if name in self._role_tokens:
+            self._role_tokens[name] = self.set_role(name, grants)
+        else:
+            client.authenticate(self.token(name, grants))
         meanwhile()
+        if name in self._role_tokens:
+            self._wait_role(client, ModelSession(client.client_id, grants, 0))
         client.ping()
         expected = {pattern: self.model.expected(name, pattern, cursor) for pattern, cursor in client.cursors.items()}
         ended = self.model.replace_grants(name, grants)
+        deadline = time.monotonic() + self.delivery_timeout
+        while len(client.revoked) < len(ended) and time.monotonic() < deadline:
+            # `revoked` on a stream of its own may come after `pong`.
+            client.ping()
         revoked, client.revoked = client.revoked, {}
         assert revoked.keys() == ended, f"{set(revoked)} was revoked, and {ended} should have been"
         for pattern, received in revoked.items():
             compare(received, expected[pattern])
             del client.cursors[pattern]
+
+    def _wait_role(self, client: ProtocolClient, session: ModelSession) -> None:
+        """Wait until a changed role has exactly the permissions of the session."""
+        deadline = time.monotonic() + self.delivery_timeout
+        for pattern in map(self._below_root, PATTERNS):
+            while (found := self._may_read(client, pattern)) != session.may_read(pattern):
+                assert time.monotonic() < deadline, f"{client.name} may read {pattern}: {found}, with {session.grants}"
+        for channel in map(self._below_root, CHANNELS):
+            while (found := self._may_write(client, channel)) != session.may_write(channel):
+                assert time.monotonic() < deadline, f"{client.name} may write {channel}: {found}, with {session.grants}"
+
+    def _may_read(self, client: ProtocolClient, pattern: str) -> bool:
+        reply = client.request({"type": "history", "pattern": pattern, "limit": 1})
+        assert (reply["type"], reply.get("code")) in (("history", None), ("error", "unauthorized")), reply
+        return bool(reply["type"] == "history")
+
+    def _may_write(self, client: ProtocolClient, channel: str) -> bool:
+        payload = next(self._payloads)
+        self._ephemeral[payload] = channel, client.client_id
+        reply = client.request({"type": "publish", "channel": channel, "payload": payload, "ephemeral": True})
+        if reply["type"] == "published":
+            assert "seq" not in reply, reply
+            return True
+        del self._ephemeral[payload]
+        assert (reply["type"], reply.get("code")) == ("publish_error", "unauthorized"), reply
+        return False
 
     # Publishing, and requesting history
 
@@ -259,50 +284,13 @@ class BrokerMachine(RuleBasedStateMachine):
             again.send({**request, "retry": True, "after": head, "epoch": client.epoch})
         self._wait_replies(name, requests)
 
-    def _publishes(self, name: str, channels: Iterable[str]) -> list[Message]:
-        """Return publish requests with ids, for those channels that the client may publish to."""
-        client, session = self._clients[name], self.model.sessions[name]
-        return [
-            client.with_id({"type": "publish", "channel": channel, "payload": next(self._payloads)})
-            for channel in map(self._below_root, channels)
-            if session.may_write(channel)
-        ]
-
-    def _send_publishes(self, name: str, channels: Iterable[str]) -> list[Message]:
-        requests = self._publishes(name, channels)
-        for request in requests:
-            self._clients[name].send(request)
-        return requests
-
-    def _wait_replies(self, name: str, requests: Iterable[Message]) -> None:
-        """Wait for the replies. The seqs must be in the order of the requests."""
-        for request in requests:
-            self._check_published(name, request, self._clients[name].wait_reply(request))
-
-    def _check_published(self, name: str, request: Message, reply: Message, *, echo: bool = True) -> None:
-        channel, payload, head = request["channel"], request["payload"], self.model.head
-        seq = reply.get("seq") if self.root else None
-        wanted = self.model.publish(name, channel, payload, echo=echo, seq=seq)
-        if wanted is None:
-            assert (reply["type"], reply.get("code")) == ("publish_error", "unauthorized"), reply
-        else:
-            assert (reply["type"], reply.get("seq")) == ("published", wanted), f"{reply}, and it should be {wanted}"
-            assert wanted > head, f"{reply}, after {head} was acknowledged"
-
     @rule(name=clients, channel=some_channels)
     @recorded
     def publish_ephemeral(self, name: str, channel: str) -> None:
         """Publish an ephemeral message. Sessions receive it at most once, and may miss it."""
-        channel, payload, session = self._below_root(channel), next(self._payloads), self.model.sessions[name]
-        self._ephemeral[payload] = channel, session.client_id
-        reply = self._clients[name].request(
-            {"type": "publish", "channel": channel, "payload": payload, "ephemeral": True}
-        )
-        if session.may_write(channel):
-            assert (reply["type"], "seq" in reply) == ("published", False), reply
-        else:
-            del self._ephemeral[payload]
-            assert (reply["type"], reply.get("code")) == ("publish_error", "unauthorized"), reply
+        channel = self._below_root(channel)
+        allowed = self._may_write(self._clients[name], channel)
+        assert allowed == self.model.sessions[name].may_write(channel), f"{name} may write {channel}: {allowed}"
 
     @rule(name=clients, pattern=some_patterns, limit=st.integers(1, 5))
     @recorded
@@ -318,7 +306,7 @@ class BrokerMachine(RuleBasedStateMachine):
             assert reply["type"] == "history", reply
             # Messages from before the machine started may precede its own.
             found = [each for each in reply["messages"] if each["seq"] > self.model.base]
-            if _identities(found) == _identities(wanted):
+            if identities(found) == identities(wanted):
                 return
             assert time.monotonic() < deadline, f"history of {pattern} is {found}, and it should be {wanted}"
 
@@ -345,6 +333,12 @@ class BrokerMachine(RuleBasedStateMachine):
 
     # What must hold after each step
 
+    def check(self) -> None:
+        """Compare what all clients have received with the model. Raises `AssertionError`."""
+        self.every_client_has_its_messages()
+        self.every_event_stream_has_its_messages()
+        self.every_first_version_client_has_its_messages()
+
     @invariant()
     def every_client_has_its_messages(self) -> None:
         for name, client in self._clients.items():
@@ -361,31 +355,6 @@ class BrokerMachine(RuleBasedStateMachine):
                 client.received[pattern] = []
                 client.cursors[pattern] = self.model.head
             for message in client.ephemeral:
-                self._check_ephemeral(name, message)
+                known = client.ephemeral_received.setdefault(message["pattern"], set())
+                self._check_ephemeral(name, message, [message["pattern"]], known)
             client.ephemeral = []
-
-    def _check_ephemeral(self, name: str, message: Message) -> None:
-        pattern, payload = message["pattern"], message["payload"]
-        found = message["channel"], message.get("sender")
-        assert self._ephemeral.get(payload) == found, f"{name} received {message}, which no client has published"
-        assert matches(pattern, message["channel"]), f"{name} got {message}"
-        ephemeral_received = self._clients[name].ephemeral_received
-        assert (pattern, payload) not in ephemeral_received, f"{name} got {message} twice"
-        ephemeral_received.add((pattern, payload))
-
-
-def _identities(messages: Iterable[Message] | Iterable[ModelMessage]) -> list[tuple[Any, ...]]:
-    """Return what must be equal in received and expected messages."""
-    return [
-        (each.seq, each.channel, each.payload, each.sender)
-        if isinstance(each, ModelMessage)
-        else (each["seq"], each["channel"], each["payload"], each.get("sender"))
-        for each in messages
-    ]
-
-
-def compare(received: list[Message], wanted: list[ModelMessage]) -> bool:
-    """Return whether all expected messages were received. Raises `AssertionError` if what came is no prefix of them."""
-    found, expected = _identities(received), _identities(wanted)
-    assert found == expected[: len(found)], f"received {found}, expected {expected}"
-    return len(found) == len(expected)

@@ -26,8 +26,11 @@ from ..auth.tokens import sign
 from ..client.broker_address import make_ssl_context
 from ..error_codes import ErrorCode
 from ..errors import Disconnected, Refused, Unavailable
+from .administration import disconnect_client
 from .blocking_connection import ThreadedConnection, dial
 from .broker_state_machine import BrokerMachine
+from .event_stream import EventStream
+from .machine_state import ALL
 from .protocol_client import ProtocolClient
 from .shrinking import minimize
 
@@ -58,6 +61,8 @@ class FuzzTarget:
     token: str | None = field(default=None, repr=False)
     secret: str | None = field(default=None, repr=False)
     root: str = "fuzz"
+    set_role: Callable[[str, Grants], str] | None = None
+    """Gives a role exactly these grants, and returns its token. With it, and a secret, clients also have roles."""
     unreachable: Sequence[str] = ()
     """Why endpoints that the broker advertises cannot be reached from here."""
 
@@ -70,6 +75,24 @@ class FuzzTarget:
     def connect(self, number: int) -> ThreadedConnection:
         url, ca = self.endpoints[number % len(self.endpoints)]
         return dial(url, ca=ca)
+
+    def connect_websocket(self, number: int) -> ThreadedConnection:
+        """Connect over WebSocket, if there is such an endpoint: over WebTransport, the first version is slow."""
+        url, ca = (self._websockets or self.endpoints)[number % len(self._websockets or self.endpoints)]
+        return dial(url, ca=ca)
+
+    @property
+    def http_urls(self) -> Sequence[tuple[str, str | None]]:
+        """The origins of the HTTP endpoints, which are those for WebSocket."""
+        return [
+            (urlunsplit(("https" if parts.scheme == "wss" else "http", parts.netloc, "", "", "")), ca)
+            for url, ca in self._websockets
+            if (parts := urlsplit(url))
+        ]
+
+    @property
+    def _websockets(self) -> Sequence[tuple[str, str | None]]:
+        return [(url, ca) for url, ca in self.endpoints if url.startswith(("ws://", "wss://"))]
 
 
 def find_target(
@@ -94,7 +117,7 @@ def find_target(
                 endpoints.append(place)
             except Disconnected as error:
                 unreachable.append(str(error))
-    return FuzzTarget(endpoints, token, secret, root, unreachable)
+    return FuzzTarget(endpoints, token, secret, root, unreachable=unreachable)
 
 
 def _discover(url: str, ca: str | None) -> tuple[str, str | None] | None:
@@ -165,6 +188,9 @@ def make_machine(
     class Machine(BrokerMachine):
         varied_grants = target.secret is not None
         hostile_root = f"{target.root}.{run}.hostile" if target.root else ""
+        roles = target.set_role is not None and target.secret is not None
+        one_replica = len(target.http_urls) == 1
+        http_url = target.http_urls[0][0] if target.http_urls else ""
 
         def __init__(self) -> None:
             super().__init__()
@@ -174,8 +200,24 @@ def make_machine(
         def connect(self) -> ThreadedConnection:
             return target.connect(next(self._connections))
 
+        def connect_first_version(self) -> ThreadedConnection:
+            return target.connect_websocket(next(self._connections))
+
+        def open_events(self, token: str, patterns: Sequence[str], last_id: str = "", since: str = "") -> EventStream:
+            url, ca = target.http_urls[next(self._connections) % len(target.http_urls)]
+            return EventStream(url, token, patterns, last_id=last_id, since=since, ca=ca)
+
         def token(self, name: str, grants: Grants) -> str:
-            return target.sign(name, grants)
+            # Client ids of its own: an administrator disconnects these clients.
+            return target.sign(f"fuzz-{run}-{name}", grants)
+
+        def set_role(self, name: str, grants: Grants) -> str:
+            assert target.set_role is not None
+            return target.set_role(f"fuzz-{run}-{name}", grants)
+
+        def disconnect(self, name: str) -> None:
+            url, ca = target.http_urls[0]
+            disconnect_client(url, self.token("administrator", ALL), f"fuzz-{run}-{name}", ca=ca)
 
         def teardown(self) -> None:
             error = sys.exc_info()[1]
@@ -234,7 +276,7 @@ def replay(target: FuzzTarget, steps: Sequence[Step]) -> None:
     try:
         for name, arguments in steps:
             getattr(machine, name)(**arguments)
-            machine.every_client_has_its_messages()
+            machine.check()
     finally:
         machine.teardown()
 

@@ -6,6 +6,7 @@ The model decides every request at once. It computes what a subscription has to 
 from __future__ import annotations
 
 from bisect import bisect_right
+from collections.abc import Collection
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -121,6 +122,22 @@ class ReferenceModel:
         subscription = session.subscriptions[pattern]
         return [
             entry
-            for entry in self.log[bisect_right(self.log, max(after, subscription.since), key=lambda each: each.seq) :]
+            for entry in self._after(max(after, subscription.since))
             if matches(pattern, entry.channel) and (entry.echo or entry.producer != session.producer)
         ]
+
+    def expected_events(self, patterns: Collection[str], after: int) -> list[ModelMessage]:
+        """Return the messages that an event stream has to receive after the seq `after`, in order, each once."""
+        return [entry for entry in self._after(after) if any(matches(pattern, entry.channel) for pattern in patterns)]
+
+    def expected_once(self, name: str, after: int) -> list[ModelMessage]:
+        """Return the messages that a session of the first version has to receive: one copy of each."""
+        subscriptions = self.sessions[name].subscriptions.values()
+        return [
+            entry
+            for entry in self._after(after)
+            if any(entry.seq > each.since and matches(each.pattern, entry.channel) for each in subscriptions)
+        ]
+
+    def _after(self, seq: int) -> list[ModelMessage]:
+        return self.log[bisect_right(self.log, seq, key=lambda each: each.seq) :]

@@ -2,17 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Any, TypeVar
 
-from catbus.auth.grants import Grants
+from msgspec import structs
+
+from catbus.auth.grants import Grants, Identity
+from catbus.auth.live_permissions import LivePermissions
+from catbus.close_codes import CloseCode
 from catbus.delivery import send_queue, subscription, topic_tree
+from catbus.delivery.encoded_messages import EncodedMessages
 from catbus.delivery.fan_out import Delivery
 from catbus.delivery.subscription import Subscription
+from catbus.endpoints.http.event_stream import EventStream
+from catbus.endpoints.webtransport.webtransport_session import WebTransportSession
 from catbus.errors import PeerError
 from catbus.log import Append, Entry, MemoryLog, Outcome
-from catbus.protocol import json_splitter
+from catbus.protocol import json_splitter, server_sent_events
 from catbus.protocol import wire_messages as wire
+from catbus.replica import Replica
 from catbus.session import state_machine
 from catbus.session.driver import SessionDriver
 from catbus.session.session_subscriptions import SessionSubscriptions
@@ -140,6 +148,116 @@ def fail_on_malformed_input(planter: MistakePlanter) -> None:
     planter.replace(json_splitter, "decoding_error", fail)
 
 
+def skip_a_message_when_an_event_stream_resumes(planter: MistakePlanter) -> None:
+    right = EventStream.subscribe
+
+    async def late(
+        self: EventStream, token: str, patterns: tuple[str, ...], cursor: tuple[int, str | None] | None
+    ) -> None:
+        await right(self, token, patterns, cursor and (cursor[0] + 1, cursor[1]))
+
+    planter.replace(EventStream, "subscribe", every(2, late, right))
+
+
+def send_an_id_ahead_of_its_messages(planter: MistakePlanter) -> None:
+    right = server_sent_events.encode_event
+
+    def ahead(reply: wire.Reply, epoch: str) -> bytes | None:
+        if isinstance(reply, wire.Live | wire.Head):
+            reply = structs.replace(reply, seq=reply.seq + 1)
+        return right(reply, epoch)
+
+    planter.replace(server_sent_events, "encode_event", ahead)
+
+
+def open_an_event_stream_without_a_grant(planter: MistakePlanter) -> None:
+    def check_subscribe(self: state_machine.Session, patterns: Collection[str]) -> None:
+        pass
+
+    planter.replace(state_machine.Session, "check_subscribe", check_subscribe)
+
+
+def leave_the_event_streams_of_a_disconnected_client_open(planter: MistakePlanter) -> None:
+    right = SessionDriver.close
+
+    def close(self: SessionDriver, code: CloseCode, reason: str) -> None:
+        if self.transport != "sse" or code != CloseCode.DISCONNECTED:
+            right(self, code, reason)
+
+    planter.replace(SessionDriver, "close", close)
+
+
+def leave_the_sessions_of_a_disconnected_client_open(planter: MistakePlanter) -> None:
+    async def leave(self: Replica, client_id: str) -> int:
+        return 1
+
+    planter.replace(Replica, "disconnect_client", leave)
+
+
+def deliver_a_copy_for_each_pattern_to_a_first_version_client(planter: MistakePlanter) -> None:
+    def update(self: subscription.Subscription) -> None:
+        self.merge_key = frozenset(self.patterns) if self.is_event_stream else None
+
+    planter.replace(subscription.Subscription, "_update_merge_key", update)
+
+
+def send_newer_fields_to_a_first_version_client(planter: MistakePlanter) -> None:
+    right = wire.encode
+
+    def newer(message: wire.Request | wire.Reply, protocol: wire.ProtocolVersion) -> bytes | None:
+        return right(message, wire.ProtocolVersion.V1 if isinstance(message, wire.Subscribed) else protocol)
+
+    planter.replace(server_sent_events, "encode", newer)
+
+
+def hide_a_withdrawal_from_a_first_version_client(planter: MistakePlanter) -> None:
+    right = wire.encode
+
+    def silent(message: wire.Request | wire.Reply, protocol: wire.ProtocolVersion) -> bytes | None:
+        first = protocol is wire.ProtocolVersion.FIRST
+        return None if first and isinstance(message, wire.Revoked) else right(message, protocol)
+
+    planter.replace(server_sent_events, "encode", silent)
+
+
+def drop_the_messages_of_a_stream_of_its_own(planter: MistakePlanter) -> None:
+    open_stream, offer = WebTransportSession.open_stream, send_queue.SendQueue.offer
+    own: list[send_queue.SendQueue] = []
+
+    def remember(
+        self: WebTransportSession, on_stopped: Callable[[send_queue.SendQueue], None]
+    ) -> send_queue.SendQueue | None:
+        opened = open_stream(self, on_stopped)
+        if opened is not None:
+            own.append(opened)
+        return opened
+
+    def drop(self: send_queue.SendQueue, run: EncodedMessages) -> bool:
+        return any(self is each for each in own) or offer(self, run)
+
+    planter.replace(WebTransportSession, "open_stream", remember)
+    planter.replace(send_queue.SendQueue, "offer", drop)
+
+
+def send_a_datagram_and_its_message(planter: MistakePlanter) -> None:
+    right = WebTransportSession.send_datagram
+
+    def also(self: WebTransportSession, data: bytes) -> bool:
+        right(self, data)
+        return False
+
+    planter.replace(WebTransportSession, "send_datagram", also)
+
+
+def ignore_a_changed_role(planter: MistakePlanter) -> None:
+    async def update(
+        self: LivePermissions, keys: Collection[bytes], identities: Mapping[bytes, Identity], asked: int
+    ) -> None:
+        pass
+
+    planter.replace(LivePermissions, "_update", update)
+
+
 MISTAKES = [
     drop_a_message,
     deliver_a_batch_in_reverse_order,
@@ -153,4 +271,19 @@ MISTAKES = [
     fail_on_a_split_object,
     publish_a_retry_twice,
     fail_on_malformed_input,
+    skip_a_message_when_an_event_stream_resumes,
+    send_an_id_ahead_of_its_messages,
+    open_an_event_stream_without_a_grant,
+    leave_the_event_streams_of_a_disconnected_client_open,
+    leave_the_sessions_of_a_disconnected_client_open,
+    deliver_a_copy_for_each_pattern_to_a_first_version_client,
+    send_newer_fields_to_a_first_version_client,
+    hide_a_withdrawal_from_a_first_version_client,
 ]
+WEBTRANSPORT_MISTAKES = [
+    drop_the_messages_of_a_stream_of_its_own,
+    send_a_datagram_and_its_message,
+]
+"""Mistakes that only clients over WebTransport find."""
+ROLE_MISTAKES = [ignore_a_changed_role]
+"""Mistakes that only clients with roles find."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import unittest
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +15,15 @@ import yaml
 from hypothesis import HealthCheck, settings
 from trio.testing import MockClock
 
+from catbus.auth.grants import Grants
 from catbus.cli.commands.fuzz import command
+from catbus.config import DatabaseSettings
+from catbus.postgres.roles.role_store import open_roles
 from catbus.testing import BrokerMachine, TestServer, open_test_broker, open_test_server
 from catbus.testing.fuzz import FuzzTarget, fuzz
-from tests.fuzz.mistakes import MISTAKES
+from tests.fuzz.mistakes import MISTAKES, ROLE_MISTAKES, WEBTRANSPORT_MISTAKES
 from tests.mistakes import MistakePlanter
+from tests.postgres.sql import open_sql
 
 ROOT = Path(__file__).parents[2]
 DOCUMENT = (ROOT / "docs" / "fuzzing.md").read_text(encoding="utf-8")
@@ -27,9 +32,14 @@ LIMIT = 120.0
 """Seconds within which a mistake has to be found."""
 
 
-def target(broker: TestServer) -> FuzzTarget:
-    """All of its channels are ours."""
-    return FuzzTarget([(broker.url, None)], secret=broker.secret, root="")
+def target(broker: TestServer, certificate: Path | None = None) -> FuzzTarget:
+    """All of its channels are ours. With a file for the broker's certificate, over WebTransport alone."""
+    if certificate is None:
+        return FuzzTarget([(broker.url, None)], secret=broker.secret, root="")
+    assert broker.webtransport_url is not None
+    assert broker.certificate is not None
+    certificate.write_text(broker.certificate)
+    return FuzzTarget([(broker.webtransport_url, str(certificate))], secret=broker.secret, root="")
 
 
 def test_broker_agrees_with_the_model() -> None:
@@ -41,19 +51,68 @@ def test_broker_agrees_with_the_model() -> None:
     assert result.attacks > 10
 
 
-@pytest.mark.parametrize("mistake", MISTAKES, ids=lambda mistake: mistake.__name__)
+@pytest.mark.parametrize("mistake", [*MISTAKES, *WEBTRANSPORT_MISTAKES], ids=lambda mistake: mistake.__name__)
 def test_the_machine_finds_a_planted_mistake(
-    mistake: Callable[[MistakePlanter], None], monkeypatch: pytest.MonkeyPatch
+    mistake: Callable[[MistakePlanter], None], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.setattr(BrokerMachine, "reply_timeout", 1.0)
     monkeypatch.setattr(BrokerMachine, "delivery_timeout", 0.3)
-    with open_test_server() as broker, monkeypatch.context() as patch:
+    quic = mistake in WEBTRANSPORT_MISTAKES
+    with open_test_server(webtransport=quic) as broker, monkeypatch.context() as patch:
         planter = MistakePlanter(patch)
         mistake(planter)
-        result = fuzz(target(broker), LIMIT, SEED)
+        result = fuzz(target(broker, tmp_path / "certificate.pem" if quic else None), LIMIT, SEED)
         planter.check()
     assert result.found is not None, result
     print(f"| {mistake.__name__.replace('_', ' ')} | {SEED} | {result.examples} | {result.steps} |")
+
+
+def role_setter(database_url: str) -> Callable[[str, Grants], str]:
+    """Return a function that gives a role exactly these grants, and returns its token."""
+    made: dict[str, tuple[str, bytes]] = {}
+
+    async def set_role(name: str, grants: Grants) -> str:
+        if name not in made:
+            async with open_roles(DatabaseSettings(url=database_url)) as roles:
+                token, role = await roles.create(name, grants)
+                made[name] = token, role.key
+            return token
+        token, key = made[name]
+        async with open_sql(database_url) as sql:
+            await sql.fetch(
+                "WITH wanted AS (SELECT * FROM unnest($2::text[], $3::text[]) AS w (permission, pattern)), gone AS ("
+                "DELETE FROM catbus.role_grants WHERE role = $1 "
+                "AND (permission, pattern) NOT IN (SELECT permission, pattern FROM wanted)) "
+                "INSERT INTO catbus.role_grants (role, permission, pattern) "
+                "SELECT $1, permission, pattern FROM wanted ON CONFLICT DO NOTHING",
+                key,
+                ["read"] * len(grants.read) + ["write"] * len(grants.write),
+                [*grants.read, *grants.write],
+            )
+        return token
+
+    return lambda name, grants: trio.run(set_role, name, grants)
+
+
+@pytest.mark.parametrize("mistake", [None, *ROLE_MISTAKES], ids=lambda mistake: getattr(mistake, "__name__", "none"))
+def test_the_machine_changes_roles_of_connected_clients(
+    mistake: Callable[[MistakePlanter], None] | None, monkeypatch: pytest.MonkeyPatch, database_url: str
+) -> None:
+    """Roles are in PostgreSQL. It agrees with the broker, and not with one that ignores their changes."""
+    with open_test_server(database_url=database_url) as broker, monkeypatch.context() as patch:
+        planter = MistakePlanter(patch)
+        if mistake is not None:
+            monkeypatch.setattr(BrokerMachine, "delivery_timeout", 2.0)
+            mistake(planter)
+        result = fuzz(
+            replace(target(broker), set_role=role_setter(database_url)), 0 if mistake is None else LIMIT, SEED
+        )
+        planter.check()
+    if mistake is None:
+        assert result.found is None
+    else:
+        assert result.found is not None, result
+        print(f"| {mistake.__name__.replace('_', ' ')} | {SEED} | {result.examples} | {result.steps} |")
 
 
 EXAMPLES = re.findall(r"^```python\n(.*?)^```", DOCUMENT, re.MULTILINE | re.DOTALL)
@@ -89,5 +148,5 @@ def test_fuzz_workflow_runs_the_documented_command() -> None:
 
 
 def test_document_names_every_planted_mistake() -> None:
-    for mistake in MISTAKES:
+    for mistake in (*MISTAKES, *WEBTRANSPORT_MISTAKES, *ROLE_MISTAKES):
         assert f"| {mistake.__name__.replace('_', ' ')} | {SEED} |" in DOCUMENT

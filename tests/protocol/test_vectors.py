@@ -24,10 +24,12 @@ from catbus.errors import PeerError
 from catbus.in_process import LocalMessage
 from catbus.protocol import channels
 from catbus.protocol import wire_messages as wire
+from catbus.protocol.event_stream_parser import EventStreamParser
 from catbus.protocol.json_splitter import JsonSplitter
 from catbus.protocol.server_sent_events import COMMENT, encode_message_event, encode_reply, retry_block
 from catbus.protocol.server_sent_events import event as encode_event
 from catbus.testing import client_messages, server_messages
+from catbus.testing.event_stream import parse_block
 from tests.protocol import diagram, schema
 from tests.protocol.scripted_sessions import SESSIONS
 from tests.server_sent_events import EventParser
@@ -223,6 +225,30 @@ def test_parser_finds_the_events_wherever_the_stream_is_cut(case: dict[str, Any]
         found = [each for piece in (data[:cut], data[cut:]) for each in parser.feed(piece)]
         assert [{"type": each.type, "data": each.data, "id": each.last_id} for each in found] == case["events"], cut
         assert (parser.last_id, parser.retry) == (case["id"], case["retry"]), cut
+
+
+@pytest.mark.parametrize("case", EVENTS["streams"], ids=lambda case: case["name"])
+def test_http_client_finds_the_events_wherever_the_stream_is_cut(case: dict[str, Any]) -> None:
+    data = case["blocks"].encode()
+    for cut in range(len(data) + 1):
+        parser = EventStreamParser()
+        found = [each for piece in (data[:cut], data[cut:]) for each in parser.feed(piece)]
+        assert [{"type": each.name, "data": json.loads(each.data), "id": each.id} for each in found] == case["events"]
+        assert (parser.last_id, parser.retry) == (case["id"], case["retry"]), cut
+
+
+@pytest.mark.parametrize("case", EVENTS["replies"], ids=lambda case: case["name"])
+def test_other_parsers_find_the_event_of_a_reply(case: dict[str, Any]) -> None:
+    if case["block"] is None:
+        return
+    data, event = case["block"].encode(), case["event"]
+    parser = EventStreamParser()
+    parser.last_id = case["before"]
+    found = [{"type": each.name, "data": json.loads(each.data)} for each in parser.feed(data)]
+    assert found == ([] if event is None else [event])
+    block = parse_block(data.removesuffix(b"\n\n"))
+    assert (block.event, block.data) == (("", None) if event is None else (event["type"], event["data"]))
+    assert (block.id or case["before"]) == case["id"]
 
 
 def test_vectors_have_every_reply_and_the_blocks_that_are_no_reply() -> None:
