@@ -398,6 +398,8 @@ def _lowest_seq(item: QueueItem) -> int:
 
 def _size(item: QueueItem) -> int:
     """Return the size of an item: of messages the size of their lines, of other lines their memory."""
+    if type(item) is bytes:
+        return len(item) + REPLY_BYTES
     if isinstance(item, EncodedMessages):
         return item.size
     if isinstance(item, HistoryLine):

@@ -11,7 +11,7 @@ from ..observability.loggers import RateLimitedLog, get_logger
 from .connection_registry import ConnectionRegistry
 
 RESERVED_FILES = 40
-"""File descriptors kept for other things than connections: listener sockets and up to eight connections to the database
+"""File descriptors kept for other things than connections: listener sockets and up to nine connections to the database
 take about 25, and connections that are being rejected take eight."""
 ACCEPT_RETRY_DELAY = 0.1
 """Seconds until the next try to accept after no file was left. Meanwhile the connection waits in the kernel."""

@@ -727,7 +727,7 @@ async def test_log_opens_no_extra_connections(database_url: str) -> None:
                 while not (log.available and log.statistics().table_size):
                     await trio.sleep(0.01)
             accepted = proxy.accepted - 1  # the connection that applied the schema is closed
-            assert accepted == 6
+            assert accepted == 7
             proxy.block()
             with trio.move_on_after(0.05) as scope:
                 await log.history("*", before=None, limit=1)
