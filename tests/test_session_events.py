@@ -413,6 +413,7 @@ async def test_log_has_a_line_when_a_session_is_refused(replica: Replica, caplog
         ("hunter2", "other"),
         ("", "other"),
     ],
+    ids=["sub", "role", "jwt", "other", "empty"],
 )
 def test_kind_of_a_token_tells_nothing_of_it(given_token: str, kind: str) -> None:
     assert token_kind(given_token) == kind
