@@ -222,7 +222,7 @@ async def test_request_with_an_idempotency_key_publishes_once() -> None:
         assert await post(address, two, "Idempotency-Key: k1") == (200, first)
         assert await post(address, two, "Idempotency-Key: k1") == (200, again)
         status, [other, _] = await post(address, two.replace(b"1", b"2", 1), "Idempotency-Key: k1")
-        assert (status, other["code"]) == (400, "bad_message"), "another message under the same key"
+        assert (status, other["code"]) == (409, "bad_message"), "another message under the same key"
         assert (await post(address, two, "Idempotency-Key: k2"))[1][0]["seq"] == 3
         assert (await post(address, two))[1][0]["seq"] == 5
         assert (await post(address, two, "Idempotency-Key: " + "k" * 256))[0] == 400
