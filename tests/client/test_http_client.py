@@ -16,6 +16,7 @@ import pytest
 import trio
 
 import catbus
+from catbus.endpoints.http import event_stream
 from catbus.error_codes import ErrorCode
 from catbus.errors import Refused, Unavailable
 from catbus.http import HttpClient, HttpMessage, MessageStream
@@ -24,6 +25,13 @@ from tests.client.cutting_relay import open_relay
 from tests.test_readme import examples
 
 pytestmark = pytest.mark.anyio
+
+
+@pytest.fixture(autouse=True)
+def reconnect_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The broker, which runs in this process, lets clients of event streams come back at once."""
+    monkeypatch.setattr(event_stream, "SHORTEST_RETRY", 0.01)
+    monkeypatch.setattr(event_stream, "LONGEST_RETRY", 0.05)
 
 
 @pytest.fixture
