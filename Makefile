@@ -30,9 +30,9 @@ run: $(venv)/installed-run
 	@exec $(bin)/catbus run --config catbus.toml
 
 # In two processes, because tests wait for much of their time. The tests of a file share servers and browsers, so they
-# run in one process.
+# run in one process. In the order of their names, the last files are quick, so both processes end at the same time.
 test: lint types $(venv)/programs $(venv)/javascript $(venv)/installed-foreign $(venv)/installed-schemathesis
-	$(bin)/python -m pytest --numprocesses 2 --dist loadfile
+	$(bin)/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder
 
 # Without processes, sockets, PostgreSQL, browsers and slow tests, and with fewer random examples: tests/conftest.py says which.
 quick: lint types
