@@ -27,7 +27,8 @@ class Grants:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "_readable", frozenset(self.read))
-        object.__setattr__(self, "_writable", frozenset(self.write))
+        # Nobody may write to a reserved channel, and `*` matches none of them.
+        object.__setattr__(self, "_writable", frozenset(each for each in self.write if not is_reserved(each)))
 
     def __str__(self) -> str:
         """A text for people: `read and write a.*`, or `read a, b.* and write c`."""
@@ -42,7 +43,7 @@ class Grants:
 
     def may_write(self, channel: str) -> bool:
         """Whether a grant covers a valid channel. Nobody may write to a reserved one, whatever the grants are."""
-        return not is_reserved(channel) and not self._writable.isdisjoint(selectors(channel))
+        return not self._writable.isdisjoint(selectors(channel))
 
 
 Grants.ALL = Grants(("*",), ("*",))
