@@ -70,10 +70,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if not INTEGRATION_FIXTURES.isdisjoint(getattr(item, "fixturenames", ())) or _is_integration_module(item.path):
             item.add_marker(pytest.mark.integration)
-        if (
-            item.name.partition("[")[0] in SLOW_TESTS
-            or getattr(getattr(item, "cls", None), "__name__", "") in SLOW_TESTS
-        ):
+        # The class of a state machine has another name than the one that its module gives it.
+        if not SLOW_TESTS.isdisjoint({item.name.partition("[")[0], getattr(item.parent, "name", "")}):
             item.add_marker(pytest.mark.slow)
         test = getattr(item, "obj", None)
         test = getattr(getattr(test, "hypothesis", None), "inner_test", test)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import json
+import os
 import ssl
 import sys
 from collections.abc import Awaitable, Callable
@@ -118,4 +119,6 @@ LIBRARIES = {"pywebtransport": run_pywebtransport, "web-transport-quinn": run_qu
 
 if __name__ == "__main__":
     library, url, certificate, token = sys.argv[1:5]
-    print(json.dumps(asyncio.run(asyncio.wait_for(LIBRARIES[library](url, Path(certificate), token), 40))))
+    print(json.dumps(asyncio.run(asyncio.wait_for(LIBRARIES[library](url, Path(certificate), token), 40))), flush=True)
+    # Threads of a native library may run on while the interpreter ends, and abort the process.
+    os._exit(0)
