@@ -1,0 +1,1 @@
+"""One broker in several processes: a supervisor that forks workers, each of which is a replica."""
