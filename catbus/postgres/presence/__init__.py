@@ -1,0 +1,1 @@
+"""Presence in PostgreSQL: a table of memberships that all replicas write and read."""
