@@ -56,12 +56,25 @@ class EncodedMessages:
         self._first_version_lines: list[bytes] | None = None
 
     @property
+    def first_seq(self) -> int:
+        """The seq of its first message of the log; 0 if it has none, but ephemeral messages."""
+        return self.entries[0].seq
+
+    @property
+    def in_log(self) -> bool:
+        """Whether it can be read from the log again. Ephemeral messages cannot."""
+        return self.first_seq > 0
+
+    @property
     def lines(self) -> bytes:
         """All messages, one per line, for `catbus.v1` clients."""
         if self._lines is None:
             pattern = self.pattern
             self._lines = b"".join(
-                [encode_message(e.channel, e.payload, pattern, e.seq or None, e.at, e.sender) for e in self.entries]
+                [
+                    encode_message(e.channel, e.payload, pattern, e.seq or None, e.at, e.sender, e.retain)
+                    for e in self.entries
+                ]
             )
         return self._lines
 
@@ -71,7 +84,10 @@ class EncodedMessages:
         if self._events is None:
             epoch = self.epoch.encode()
             self._events = b"".join(
-                [encode_message_event(e.channel, e.payload, e.seq, e.at, e.sender, epoch) for e in self.entries]
+                [
+                    encode_message_event(e.channel, e.payload, e.seq, e.at, e.sender, epoch, e.retain)
+                    for e in self.entries
+                ]
             )
         return self._events
 

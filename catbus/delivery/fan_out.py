@@ -3,6 +3,9 @@
 The patterns of a subscription are in exactly one of two topic trees. In the live tree it is complete up to `position`
 and gets every batch as it is applied. In the lagging tree it has a cursor of its own, and one reader catches up all of
 them from the log. Subscribing with `since` and a full send queue are the same case: the subscription lags.
+
+A subscription that wants the retained messages lags, too: it is held at its cursor until it has got a snapshot of them,
+which a second reader reads in pages.
 """
 
 from __future__ import annotations
@@ -15,17 +18,19 @@ from operator import attrgetter
 import trio
 
 from ..errors import Unavailable
-from ..log import Entry, Log, LogPage, Resumption
+from ..log import Entry, Log, LogPage
 from ..protocol.wire_messages import Gap, Live
 from .catch_up import CatchUpSweeps, PatternMatches, feed
 from .channel_rates import ChannelRates
 from .delivery_statistics import DeliveryStatistics
-from .encoded_messages import EncodedMessages
 from .erasure import erase_waiting, find_lowest_seq
 from .send_queue import Budget, SendQueue
+from .snapshot_page import SnapshotPage, begin_snapshot
+from .snapshot_reader import SnapshotReader
 from .subscription import (
     AHEAD,
     CLOSED,
+    HELD,
     LIVE,
     PAGE_ROWS,
     READING,
@@ -35,7 +40,7 @@ from .subscription import (
     find_hits,
     offer,
 )
-from .topic_tree import TopicTree
+from .subscription_trees import MEASURED_PER_CHECKPOINT, SubscriptionTrees
 
 PAGE_BYTES = 1 << 20
 """Bytes of the log that are read at once, unless one entry has more."""
@@ -45,9 +50,6 @@ READ_RETRY_INTERVAL = 0.25
 
 SERVED_PER_CHECKPOINT = 50
 """Lagging subscriptions that are served from a page before other tasks run."""
-
-MEASURED_PER_CHECKPOINT = 500
-"""Lagging subscriptions whose lag is measured before other tasks run."""
 
 KEPT_OF_BUDGET = 0.75
 """Part of the budget that is still in use after the largest send queues have dropped messages to stay within it."""
@@ -72,10 +74,7 @@ class Delivery:
         """Commit time of the oldest entry offered since this was last set to 0, which the flusher does."""
         self.channel_rates = ChannelRates()
         self._log = log
-        self._live: TopicTree[Subscription] = TopicTree()
-        self._lagging: TopicTree[Subscription] = TopicTree()
-        self._in_both = 0
-        """Patterns that are in both trees."""
+        self.trees = SubscriptionTrees()
         self._lag = 0
         """The largest lag when `measure_lag` last ran."""
         # Subscriptions in these states, in order of arrival: `_set_state` keeps them.
@@ -84,25 +83,26 @@ class Delivery:
         self._by_send_queue: dict[SendQueue, dict[str, Subscription]] = {}
         """The subscriptions of each send queue, by pattern."""
         self._with_history: dict[SendQueue, None] = {}
-        """The send queues in which pages of history may wait."""
+        """The send queues in which pages of history may wait, or messages of subscriptions that have ended."""
         self._work = trio.Event()
+        self._snapshot_reader = SnapshotReader(log, lambda: self.page_version, self._catch_up, self._make_room)
+        self._snapshots = self._snapshot_reader.snapshots
         self._sweeps = CatchUpSweeps()
         self._lags = 0
         self._pages_read = 0
         self._withdrawals = 0
         self.page_version = 0
         """Changes when pages that were read before must not be used any more."""
-        self._withdraw_above = self.budget.for_messages
 
     def statistics(self) -> DeliveryStatistics:
         """Return the statistics at a cost that does not depend on the number of subscriptions: anybody may ask."""
-        if len(self._lagging) <= MEASURED_PER_CHECKPOINT:
+        if len(self.trees.lagging) <= MEASURED_PER_CHECKPOINT:
             deque(self.measure_lag(), maxlen=0)
         return DeliveryStatistics(
             position=self.position,
-            live=len(self._live),
-            lagging=len(self._lagging),
-            patterns=self._live.patterns + self._lagging.patterns - self._in_both,
+            live=len(self.trees.live),
+            lagging=len(self.trees.lagging),
+            patterns=self.trees.patterns,
             lag=self._lag,
             lags=self._lags,
             sweeps=self._pages_read,
@@ -113,26 +113,7 @@ class Delivery:
 
     def measure_lag(self) -> Iterator[None]:
         """Find the largest lag, in steps. `statistics` does so itself when few subscriptions lag."""
-        lag = looked = 0
-        for group in list(self._lagging.groups()):
-            for member in list(group.members):
-                lag = max(lag, self.position - member.cursor)
-                looked += 1
-                if looked % MEASURED_PER_CHECKPOINT == 0:
-                    yield
-        self._lag = lag
-
-    def count_by_pattern(self) -> Iterator[tuple[str, int, int]]:
-        """Yield the patterns of now, each with its present numbers of live and of lagging subscriptions, in steps.
-
-        A pattern may come twice.
-        """
-        for group in [*self._live.groups(), *self._lagging.groups()]:
-            yield group.pattern, self._live.members(group.pattern), self._lagging.members(group.pattern)
-
-    def count_matches(self, channel: str) -> int:
-        """Return how many subscriptions match a channel."""
-        return sum(len(group.members) for tree in (self._live, self._lagging) for group in tree.match(channel))
+        self._lag = yield from self.trees.measure_lag(self.position)
 
     # The log's follower
 
@@ -141,7 +122,7 @@ class Delivery:
         previous, self.position, self.at = self.position, entries[-1].seq, entries[-1].at
         self.unsent_since = self.unsent_since or entries[0].at
         self.channel_rates.count(entries)
-        for subscription in offer(self._live, entries, self._log.epoch):
+        for subscription in offer(self.trees.live, entries, self._log.epoch):
             self._start_lagging(subscription, previous)
         for subscription in [s for s in self._ahead if s.cursor <= self.position]:
             self._catch_up(subscription)
@@ -158,8 +139,7 @@ class Delivery:
         """
         previous, self.position, self.at = self.position, applied, 0
         self.page_version += 1
-        groups = [group for tree in (self._live, self._lagging) for group in tree.groups()]
-        for subscription in dict.fromkeys(member for group in groups for member in group.members):
+        for subscription in self.trees.subscriptions():
             known = subscription.cursor if subscription.lagging else previous
             if lost == "epoch":
                 # The seqs begin lower, so what was wanted after a seq of the other log is wanted from here on.
@@ -174,29 +154,38 @@ class Delivery:
             elif subscription.lagging and known >= applied:
                 # Another replica has delivered to it what this one never had.
                 if known == applied:
-                    self._go_live(subscription)
+                    self._catch_up(subscription)
                 continue
             elif lost == "repair" and subscription.lagging and known < previous:
                 # It gets the gap when it reaches the deleted range.
                 continue
             self._announce_gap(subscription, min(known, applied), applied, lost)
-            if subscription.lagging:
+            if subscription.lagging and subscription.snapshot is None:
                 self._go_live(subscription)
 
     def begin_erasure(self) -> int | None:
         self.page_version += 1
+        for send_queue in [queue for queue in self._by_send_queue if queue.has_retained]:
+            self._withdraw(send_queue)
+            # What is left is pinned. Their subscriptions get another snapshot.
+            for pattern in send_queue.drop_retained():
+                subscription = self._find(send_queue, pattern)
+                if subscription is not None and subscription.retained:
+                    cursor = subscription.cursor if subscription.lagging else self.position
+                    self._announce_gap(subscription, cursor, cursor, "erasure")
+        for send_queue in self._with_history:
+            send_queue.drop_retained()
         return find_lowest_seq(self._by_send_queue, self._with_history)
 
     def erase(self, seqs: Collection[int]) -> Iterator[None]:
         self.page_version += 1
-        self._live.forget_channels()
-        self._lagging.forget_channels()
+        self.trees.forget_channels()
         self.channel_rates.clear()
         others = [queue for queue in self._with_history if queue not in self._by_send_queue]
         return erase_waiting(seqs, self._by_send_queue, others)
 
     def note_history(self, send_queue: SendQueue) -> None:
-        """A page of history was put into a send queue, which may have no subscriptions."""
+        """Something of the log may wait in a send queue that has no subscriptions."""
         if send_queue and send_queue not in self._with_history:
             self._with_history[send_queue] = None
             send_queue.when_emptied(partial(self._with_history.pop, send_queue))
@@ -208,7 +197,7 @@ class Delivery:
     ) -> None:
         """Deliver the messages that match `pattern`: from now on, or from the log after `since` of `epoch`.
 
-        Only a closed subscription may begin with `since`, as a subscription has one cursor.
+        Only a closed subscription may begin with `since` or with a snapshot, as a subscription has one cursor.
         """
         self.subscribe_all(subscription, (pattern,), since, epoch)
 
@@ -216,56 +205,65 @@ class Delivery:
         self, subscription: Subscription, patterns: Collection[str], since: int | None = None, epoch: str | None = None
     ) -> None:
         """Do the same for several patterns, with one cursor for all of them."""
-        by_pattern = self._by_send_queue.setdefault(subscription.send_queue, {})
-        by_pattern.update(dict.fromkeys(patterns, subscription))
-        if since is None and subscription.state is CLOSED:
-            self._set_state(subscription, LIVE)
-        resumption = Resumption(self.position) if since is None else self._log.resume(since, epoch)
-        subscription.add_patterns(patterns, resumption.cursor)
-        for pattern in patterns:
-            self._enter(pattern, subscription)
-        if since is None:
-            return
-        subscription.live_line_due = True
-        if resumption.lost is not None:
-            self._announce_gap(subscription, min(since, resumption.cursor), resumption.cursor, resumption.lost)
-        self._lag_from(subscription, resumption.cursor)
+        if since is not None:
+            resumption = self._log.resume(since, epoch)
+            self._enter_all(subscription, patterns, resumption.cursor)
+            subscription.live_line_due = True
+            if resumption.lost is not None:
+                self._announce_gap(subscription, min(since, resumption.cursor), resumption.cursor, resumption.lost)
+            self._lag_from(subscription, resumption.cursor)
+        elif subscription.retained:
+            self.subscribe_from_snapshot(subscription, patterns, self.position)
+        else:
+            if subscription.state is CLOSED:
+                self._set_state(subscription, LIVE)
+            self._enter_all(subscription, patterns, self.position)
+
+    def subscribe_from_snapshot(self, subscription: Subscription, patterns: Collection[str], cursor: int) -> None:
+        """Deliver the retained messages up to `cursor` that match any of the patterns, and then what follows it."""
+        self._enter_all(subscription, patterns, cursor)
+        self._begin_snapshot(subscription, cursor)
+        self._lag_from(subscription, cursor)
+
+    def _enter_all(self, subscription: Subscription, patterns: Collection[str], cursor: int) -> None:
+        self._by_send_queue.setdefault(subscription.send_queue, {}).update(dict.fromkeys(patterns, subscription))
+        subscription.add_patterns(patterns, cursor)
+        self.trees.enter(patterns, subscription)
 
     def unsubscribe(self, subscription: Subscription, pattern: str) -> None:
         """Deliver nothing more for `pattern`. Messages that are already in the send queue stay there."""
-        self._exit(pattern, subscription)
+        self.trees.exit((pattern,), subscription)
         subscription.remove_pattern(pattern)
         if not subscription.patterns:
             self._set_state(subscription, CLOSED)
+            subscription.snapshot = None
+        elif subscription.snapshot is not None:
+            # A pattern that the lost one covered is not in the snapshot yet.
+            self._begin_snapshot(subscription, subscription.cursor)
         send_queue = subscription.send_queue
         send_queue.pin()
         subscriptions = self._by_send_queue[send_queue]
         del subscriptions[pattern]
         if not subscriptions:
             del self._by_send_queue[send_queue]
+            self.note_history(send_queue)
 
     def broadcast(self, entry: Entry) -> None:
         """Offer an ephemeral message (its seq is 0) to the subscriptions that match and have room."""
-        served: set[Subscription] = set()
         self.channel_rates.count([entry])
-        merged = EncodedMessages("", [entry])
-        for tree in (self._live, self._lagging):
-            for group in tree.match(entry.channel):
-                single = EncodedMessages(group.pattern, [entry])
-                for subscription in group.members:
-                    if subscription in served or (entry.origin is not None and subscription.producer == entry.origin):
-                        continue
-                    if subscription.merge_key is not None:
-                        served.add(subscription)
-                    encoded = merged if subscription.is_event_stream else single
-                    if subscription.send_datagram is None or not subscription.send_datagram(encoded.lines):
-                        subscription.send_queue.offer(encoded)
+        self.trees.offer_ephemeral(entry)
         self._make_room()
 
     # Catching up. `next_position` and `serve` are the reader without its waiting.
 
     async def run(self) -> None:
         """Catch up lagging subscriptions for ever. Live deliveries run in between."""
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(self._snapshot_reader.run)
+            nursery.start_soon(self._read_log)
+
+    async def _read_log(self) -> None:
+        """Read pages of the log for reading subscriptions for ever."""
         while True:
             position = self.next_position()
             if position is None:
@@ -304,13 +302,13 @@ class Delivery:
             # Entries that retention dropped are missing for every lower cursor. A deleted range is a gap for the
             # subscriptions that have reached it.
             lowest = position if page.lost == "repair" else 0
-            for subscription in self._reading:
+            for subscription in list(self._reading):
                 if lowest <= subscription.cursor < page.after:
                     self._announce_gap(subscription, subscription.cursor, page.after, page.lost)
                     subscription.cursor = page.after
         readers = [s for s in self._reading if page.after <= s.cursor <= page.last]
         matches: dict[Subscription, list[PatternMatches]] = {subscription: [] for subscription in readers}
-        for group, hits in find_hits(self._lagging, page.entries).items():
+        for group, hits in find_hits(self.trees.lagging, page.entries).items():
             found = PatternMatches(group.pattern, hits, self._log.epoch)
             for member in group.members:
                 if member in matches:
@@ -333,7 +331,7 @@ class Delivery:
                 continue
             subscription.rows = min(2 * subscription.rows, PAGE_ROWS)
             if complete >= self.position:
-                self._go_live(subscription)
+                self._catch_up(subscription)
         self._make_room()
 
     # States
@@ -347,12 +345,12 @@ class Delivery:
             del self._reading[subscription]
         elif before is AHEAD:
             del self._ahead[subscription]
+        elif before is HELD and subscription.snapshot is not None:
+            self._snapshots.remove(subscription)
         if subscription.patterns and (before is LIVE or state is LIVE):
-            for pattern in subscription.patterns:
-                self._exit(pattern, subscription)
+            self.trees.exit(subscription.patterns, subscription)
             subscription.state = state
-            for pattern in subscription.patterns:
-                self._enter(pattern, subscription)
+            self.trees.enter(subscription.patterns, subscription)
         else:
             subscription.state = state
         if state is READING:
@@ -360,22 +358,10 @@ class Delivery:
             self._work.set()
         elif state is AHEAD:
             self._ahead[subscription] = None
+        elif state is HELD:
+            self._snapshots.add(subscription)
         elif state is WAITING:
             subscription.send_queue.when_emptied(partial(self._stop_waiting, subscription))
-
-    def _trees(self, subscription: Subscription) -> tuple[TopicTree[Subscription], TopicTree[Subscription]]:
-        """Return the tree that a subscription is in, and the other one."""
-        live = subscription.state is LIVE
-        return (self._live, self._lagging) if live else (self._lagging, self._live)
-
-    def _enter(self, pattern: str, subscription: Subscription) -> None:
-        tree, other = self._trees(subscription)
-        self._in_both += pattern not in tree and pattern in other
-        tree.add(pattern, subscription)
-
-    def _exit(self, pattern: str, subscription: Subscription) -> None:
-        tree, other = self._trees(subscription)
-        self._in_both -= tree.remove(pattern, subscription) and pattern not in tree and pattern in other
 
     def _start_lagging(self, subscription: Subscription, cursor: int) -> None:
         """Catch up from the log a subscription that was live, and tell its client when it is live again."""
@@ -392,13 +378,18 @@ class Delivery:
             self._catch_up(subscription)
 
     def _catch_up(self, subscription: Subscription) -> None:
-        """Read from the log for a lagging subscription, as soon as the log has the entries after its cursor."""
-        if subscription.cursor > self.position:
-            self._set_state(subscription, AHEAD)
-        elif subscription.cursor == self.position:
-            self._go_live(subscription)
-        else:
+        """Read from the log for a lagging subscription, as soon as the log has the entries after its cursor.
+
+        Its snapshot comes first.
+        """
+        if subscription.snapshot is not None:
+            self._set_state(subscription, HELD)
+        elif subscription.cursor < self.position:
             self._set_state(subscription, READING)
+        elif max(subscription.cursor, subscription.snapshot_head) > self.position:
+            self._set_state(subscription, AHEAD)
+        else:
+            self._go_live(subscription)
 
     def _stop_waiting(self, subscription: Subscription) -> None:
         """Continue with a subscription whose send queue has been emptied.
@@ -420,34 +411,50 @@ class Delivery:
         for pattern in subscription.named_patterns:
             subscription.put(Gap(pattern, known + 1, cursor, self._log.epoch, reason), self._log.epoch)
         subscription.send_queue.pin()
+        if subscription.retained:
+            self._begin_snapshot(subscription, cursor)
+
+    def _begin_snapshot(self, subscription: Subscription, cursor: int) -> None:
+        """Begin the snapshot of a subscription, or begin it again. A subscription that waits gets it afterwards."""
+        if subscription.state is HELD:
+            self._snapshots.remove(subscription)
+        subscription.cursor = subscription.snapshot_cursor = cursor
+        subscription.snapshot_head = 0
+        subscription.snapshot = begin_snapshot(subscription.patterns)
+        subscription.live_line_due = True
+        if subscription.state is HELD:
+            self._snapshots.add(subscription)
+        elif subscription.state is not CLOSED and subscription.state is not WAITING:
+            self._set_state(subscription, HELD)
 
     # The budget
 
     def _make_room(self) -> None:
         """If all send queues together hold too much, withdraw the messages of the largest."""
         budget = self.budget
-        slack = budget.for_messages // 8
-        if budget.messages <= self._withdraw_above:
-            self._withdraw_above = max(budget.for_messages, min(self._withdraw_above, budget.messages + slack))
+        if budget.check():
             return
         for send_queue in sorted(self._by_send_queue, key=_size, reverse=True):
             self._withdraw(send_queue)
             if budget.messages <= KEPT_OF_BUDGET * budget.for_messages:
                 break
-        # Messages that are left now cannot be read again from the log: do not search all send queues at every batch.
-        self._withdraw_above = max(budget.for_messages, budget.messages + slack)
+        budget.note_withdrawal()
 
     def _withdraw(self, send_queue: SendQueue) -> None:
-        subscriptions = self._by_send_queue[send_queue]
         dropped = send_queue.withdraw()
         self._withdrawals += bool(dropped)
-        for pattern, seq in dropped.items():
-            # Messages for several patterns are of the one subscription that has all of the send queue.
-            subscription = subscriptions[pattern] if pattern else next(iter(subscriptions.values()))
-            if subscription.lagging:
-                subscription.live_line_due = True
-                subscription.cursor = min(subscription.cursor, seq - 1)
-            else:
-                self._start_lagging(subscription, seq - 1)
+        for pattern, messages in dropped.items():
+            subscription = self._find(send_queue, pattern)
+            assert subscription is not None
+            snapshot = messages.position if isinstance(messages, SnapshotPage) else subscription.snapshot
+            first = subscription.snapshot_cursor if isinstance(messages, SnapshotPage) else messages.first_seq - 1
+            self._lags += not subscription.lagging
+            cursor = min(first, subscription.cursor) if subscription.lagging else first
             # Its client reads slowly, so it waits even if its send queue is empty now.
             self._set_state(subscription, WAITING)
+            subscription.cursor, subscription.snapshot, subscription.live_line_due = cursor, snapshot, True
+
+    def _find(self, send_queue: SendQueue, pattern: str) -> Subscription | None:
+        """Return the subscription that gets messages for a pattern, or for "": several patterns of one subscription."""
+        subscriptions = self._by_send_queue[send_queue]
+        return subscriptions.get(pattern) if pattern else next(iter(subscriptions.values()))

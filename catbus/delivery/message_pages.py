@@ -24,12 +24,10 @@ from ..limits.cpu_scheduler import CpuScheduler
 from ..log import Entry, Log, LogPage
 from .encoded_messages import OVERHEAD
 from .fan_out import PAGE_BYTES, Delivery
+from .page_size import MAX_PAGE_BYTES, newest_that_fit
 from .send_queue import SendQueue
 from .subscription import Subscription
 from .topic_tree import TopicTree
-
-MAX_PAGE_BYTES = 1 << 20
-"""Maximum size of a page of messages, unless it is a single message. Sizes are approximate."""
 
 FIRST_ROWS, MAX_ROWS = 100, 1000
 """Entries of the log that are read at once: few at first, because most of them may match."""
@@ -215,10 +213,8 @@ class PageReader:
             found.update((entry.seq, entry) for entry in entries)
         if log.epoch != present:
             raise Unavailable("the log has another epoch: read again")
-        all_entries = [found[seq] for seq in sorted(found, reverse=True) if seq >= floor]
-        sizes = list(accumulate(entry.size + OVERHEAD for entry in all_entries))
-        kept = all_entries[: min(self._limit, max(1, bisect_right(sizes, MAX_PAGE_BYTES)))]
-        return MessagePage(kept[::-1], end, present, more or len(kept) < len(found))
+        kept = newest_that_fit([found[seq] for seq in sorted(found) if seq >= floor])[-self._limit :]
+        return MessagePage(kept, end, present, more or len(kept) < len(found))
 
     async def _read(self, cursor: int, rows: int) -> LogPage:
         pages = self._pages
@@ -232,17 +228,16 @@ class PageReader:
     @contextmanager
     def counted(self) -> Iterator[None]:
         """Count a session and its subscriptions, which `wait` makes. Raises `PeerError` for one too many."""
-        usages = self._pages.client_usages
+        usages, number = self._pages.client_usages, len(self._patterns)
         usage = usages.add_session(self._client)
-        count = 0
         try:
-            for _ in self._patterns:
-                usages.check_subscriptions(usage)
-                usages.add_subscriptions(usage, 1)
-                count += 1
-            yield
+            usages.check_subscriptions(usage, number)
+            usages.add_subscriptions(usage, number)
+            try:
+                yield
+            finally:
+                usages.add_subscriptions(usage, -number)
         finally:
-            usages.add_subscriptions(usage, -count)
             usages.remove_session(usage)
 
     async def wait(self, page: MessagePage, deadline: float) -> int:
@@ -294,7 +289,7 @@ class WakeUp:
             return seq
         position = self._delivery.position
         cursors = [each.cursor if each.lagging else position for each in self._subscriptions.values()]
-        return min([*cursors, *(number - 1 for number in first.values())])
+        return min([*cursors, *(messages.first_seq - 1 for messages in first.values())])
 
     def close(self) -> None:
         """End the subscriptions."""

@@ -29,6 +29,17 @@ class HistoryLine(bytes):
         return history_line
 
 
+class PresenceLine(bytes):
+    """A `members` or `presence` line for one pattern. It is not sent when the permission for that was withdrawn."""
+
+    pattern: str
+
+    def __new__(cls, line: bytes, pattern: str) -> Self:
+        presence_line = super().__new__(cls, line)
+        presence_line.pattern = pattern
+        return presence_line
+
+
 class SubscriptionLine(bytes):
     """A `live` or `gap` line: the same for one pattern."""
 

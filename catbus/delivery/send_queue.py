@@ -10,7 +10,8 @@ from ..log import Entry
 from ..protocol.channels import selectors
 from ..protocol.wire_messages import ProtocolVersion
 from .encoded_messages import EncodedMessages, QueueItem
-from .reply_lines import HeadLine, HistoryLine, SubscriptionLine
+from .reply_lines import HeadLine, HistoryLine, PresenceLine, SubscriptionLine
+from .snapshot_page import SnapshotPage
 
 # Memory of objects besides their texts, in bytes, in CPython on a 64-bit machine.
 LIST_SLOT_BYTES = 9
@@ -55,7 +56,16 @@ class Budget:
     read from the log again, have a part of their own as well: above it, no more messages are pinned.
     """
 
-    __slots__ = ("delivered", "for_messages", "for_pinned", "for_replies", "messages", "pinned", "replies")
+    __slots__ = (
+        "_withdraw_above",
+        "delivered",
+        "for_messages",
+        "for_pinned",
+        "for_replies",
+        "messages",
+        "pinned",
+        "replies",
+    )
 
     def __init__(self, limit: int = 256 << 20) -> None:
         self.for_replies = limit // 4
@@ -67,6 +77,21 @@ class Budget:
         self.replies = 0
         self.delivered = 0
         """Messages taken from send queues to be sent, once for each send queue."""
+        self._withdraw_above = self.for_messages
+
+    def check(self) -> bool:
+        """Return whether the messages are within the budget. If not, send queues have to drop some."""
+        if self.messages > self._withdraw_above:
+            return False
+        self._withdraw_above = max(self.for_messages, min(self._withdraw_above, self.messages + self.for_messages // 8))
+        return True
+
+    def note_withdrawal(self) -> None:
+        """Send queues have dropped what they can. They are not searched again before an eighth of it has been added.
+
+        Messages that are left cannot be read again from the log.
+        """
+        self._withdraw_above = max(self.for_messages, self.messages + self.for_messages // 8)
 
     @property
     def held(self) -> int:
@@ -189,6 +214,13 @@ class SendQueue:
         """Bytes of messages from the log that fit. Half of the send queue is kept free for live messages."""
         return max(0, min(self.limit // 2 - self.size, self._budget.room))
 
+    @property
+    def has_room(self) -> bool:
+        """Whether there is room for a line that can also be sent later. Half of the room is kept free for replies."""
+        if not self.size + self._unsent:
+            return True
+        return self.size < self.limit // 2 and self._budget.replies < self._budget.for_replies // 2
+
     def when_emptied(self, callback: Callable[[], None]) -> None:
         """Call back once, synchronously, when the writer has next taken everything, or has found nothing to take."""
         self._waiting.append(callback)
@@ -237,8 +269,11 @@ class SendQueue:
                 return
 
     def offer(self, encoded: EncodedMessages) -> bool:
-        """Queue messages if there is room for them. An empty send queue accepts one message of any size."""
-        if not encoded.entries:
+        """Queue messages if there is room for them. An empty send queue accepts one message of any size.
+
+        Nothing is queued of no messages, unless they are an empty page of a snapshot.
+        """
+        if not encoded.size:
             return True
         size = self.size
         if size + encoded.size > self.limit and (size or len(encoded.entries) > 1):
@@ -299,9 +334,27 @@ class SendQueue:
         self._budget.pin(self._items[self._pinned :])
         self._pinned = len(self._items)
 
-    def withdraw(self) -> dict[str, int]:
-        """Drop the messages that are not pinned. Return the first dropped seq of each pattern."""
+    def withdraw(self) -> dict[str, EncodedMessages]:
+        """Drop the messages that are not pinned. Return what was dropped first of each pattern."""
         return self._drop(self._pinned, None)
+
+    @property
+    def has_retained(self) -> bool:
+        """Whether a page of a snapshot with messages waits here."""
+        return any(isinstance(item, SnapshotPage) and item.entries for item in self._items)
+
+    def drop_retained(self) -> set[str]:
+        """Drop the pages of snapshots that have messages, also pinned ones. Return their patterns."""
+        patterns: set[str] = set()
+
+        def without(item: QueueItem) -> QueueItem | None:
+            if isinstance(item, SnapshotPage) and item.entries:
+                patterns.add(item.pattern)
+                return None
+            return item
+
+        self._rebuild(without)
+        return patterns
 
     def revoke(self, patterns: Collection[str], others: Collection[str] = ()) -> None:
         """Drop the messages for these patterns; of messages for several patterns, those that no `others` match.
@@ -357,9 +410,9 @@ class SendQueue:
 
         self._rebuild(without)
 
-    def _drop(self, start: int, patterns: Collection[str] | None) -> dict[str, int]:
+    def _drop(self, start: int, patterns: Collection[str] | None) -> dict[str, EncodedMessages]:
         """Drop messages of some or all patterns from an item on, and the lines that would count them as delivered."""
-        first: dict[str, int] = {}
+        first: dict[str, EncodedMessages] = {}
         items, fixed = self._items, self._pinned
         self._budget.unpin(items[:fixed])
         kept, dropped = items[:start], list[QueueItem]()
@@ -367,8 +420,10 @@ class SendQueue:
         for index, item in enumerate(items[start:], start):
             if isinstance(item, EncodedMessages):
                 drop = patterns is None or item.pattern in patterns
-                if drop and (seq := item.entries[0].seq):
-                    first.setdefault(item.pattern, seq)
+                if drop and item.in_log:
+                    first.setdefault(item.pattern, item)
+            elif isinstance(item, PresenceLine):
+                drop = patterns is not None and item.pattern in patterns
             else:
                 drop = (
                     item.pattern in first
@@ -392,7 +447,7 @@ def size_of_replies(items: Sequence[QueueItem]) -> int:
 def _lowest_seq(item: QueueItem) -> int:
     """Return the lowest seq of an item with messages of the log; 0 without one."""
     if isinstance(item, EncodedMessages):
-        return item.entries[0].seq
+        return item.first_seq
     return min(item.seqs, default=0) if isinstance(item, HistoryLine) else 0
 
 
@@ -404,4 +459,4 @@ def _size(item: QueueItem) -> int:
         return item.size
     if isinstance(item, HistoryLine):
         return len(item) + SUBSCRIPTION_LINE_BYTES + len(item.seqs) * item.seqs.itemsize + len(item.instead)
-    return len(item) + (SUBSCRIPTION_LINE_BYTES if isinstance(item, SubscriptionLine) else REPLY_BYTES)
+    return len(item) + (SUBSCRIPTION_LINE_BYTES if isinstance(item, SubscriptionLine | PresenceLine) else REPLY_BYTES)

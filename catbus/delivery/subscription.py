@@ -13,6 +13,7 @@ from ..protocol.wire_messages import Gap, Live, ProtocolVersion
 from .encoded_messages import EncodedMessages
 from .reply_lines import SubscriptionLine
 from .send_queue import SendQueue
+from .snapshot_page import SnapshotPosition
 from .topic_tree import Group, TopicTree
 
 PAGE_ROWS = 4000
@@ -33,10 +34,12 @@ class SubscriptionState(Enum):
     WAITING = auto()
     """From the log, as soon as its send queue has been emptied."""
     AHEAD = auto()
-    """Its cursor is above `Delivery.position`: another replica has delivered more than this one knows."""
+    """Its cursor, or what its snapshot shows, is above `Delivery.position`: this replica has to receive more first."""
+    HELD = auto()
+    """Nothing of the log, until it has got the rest of its snapshot of the retained messages."""
 
 
-CLOSED, LIVE, READING, WAITING, AHEAD = SubscriptionState
+CLOSED, LIVE, READING, WAITING, AHEAD, HELD = SubscriptionState
 
 
 class Subscription:
@@ -47,15 +50,20 @@ class Subscription:
     """
 
     __slots__ = (
+        "client",
         "cursor",
         "head_sent",
         "live_line_due",
         "merge_key",
         "patterns",
         "producer",
+        "retained",
         "rows",
         "send_datagram",
         "send_queue",
+        "snapshot",
+        "snapshot_cursor",
+        "snapshot_head",
         "state",
         "taken",
     )
@@ -66,8 +74,15 @@ class Subscription:
         producer: bytes = b"",
         send_datagram: Callable[[bytes], bool] | None = None,
         taken: deque[Entry] | None = None,
+        *,
+        retained: bool = False,
+        client: Hashable = None,
     ) -> None:
         self.send_queue = send_queue
+        self.retained = retained
+        """Whether a gap is followed by a snapshot of the retained messages."""
+        self.client = client
+        """The client with which it shares its turns of reading snapshots; by default it shares them with none."""
         self.taken = taken
         """Messages that were taken from the send queue and not handed on, of a subscription in this process."""
         self.producer = producer
@@ -80,6 +95,12 @@ class Subscription:
         """Set if its messages are merged from several patterns. Subscriptions with the same key get the same ones."""
         self.cursor = 0
         """The seq up to which it is complete; valid only while it lags."""
+        self.snapshot: SnapshotPosition | None = None
+        """Where its snapshot continues, before anything of the log is read for it; None without one."""
+        self.snapshot_cursor = 0
+        """The cursor of its last snapshot."""
+        self.snapshot_head = 0
+        """The seq up to which it needs messages before what it got of its last snapshot is a state."""
         self.rows = PAGE_ROWS
         """Entries to read from the log for it at a time: not many more than its send queue has room for."""
         self.live_line_due = False
@@ -91,10 +112,6 @@ class Subscription:
     def lagging(self) -> bool:
         """Whether it catches up from the log."""
         return self.state is not LIVE and self.state is not CLOSED
-
-    def add_pattern(self, pattern: str, after: int) -> None:
-        """Want the messages of a pattern after a seq."""
-        self.add_patterns((pattern,), after)
 
     def add_patterns(self, patterns: Collection[str], after: int) -> None:
         """Want the messages of these patterns after a seq. An event stream gets all of its patterns in one call."""
@@ -125,7 +142,7 @@ class Subscription:
 
     def put(self, reply: Gap | Live, epoch: str) -> None:
         """Put a line about its position into its send queue. The first version of the protocol has no such lines."""
-        line = encode_reply(reply, self.send_queue.protocol, epoch)
+        line = encode_reply(reply, self.send_queue.protocol, epoch, snapshot_follows=self.retained)
         if line is not None:
             self.send_queue.put(SubscriptionLine(line, reply.pattern))
 

@@ -61,6 +61,11 @@ class TopicTree(Generic[T]):
         group = self._groups.get(pattern)
         return 0 if group is None else len(group.members)
 
+    def listed(self, pattern: str) -> tuple[T, ...]:
+        """Return the members of a pattern, in order of arrival."""
+        group = self._groups.get(pattern)
+        return () if group is None else tuple(group.members)
+
     def groups(self) -> Iterable[Group[T]]:
         """Return each pattern with its members: a live view, the oldest pattern first."""
         return self._groups.values()

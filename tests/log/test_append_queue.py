@@ -91,7 +91,7 @@ class QueueAgainstLists(RuleBasedStateMachine):
 
 
 TestQueueAgainstLists = QueueAgainstLists.TestCase
-TestQueueAgainstLists.settings = settings(max_examples=100, stateful_step_count=40)
+TestQueueAgainstLists.settings = settings(stateful_step_count=40)
 
 
 @given(st.lists(st.integers(1, 300), min_size=1, max_size=20), st.integers(2, 3000))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import trio
+from hypothesis import given
 from trio.testing import MockClock
 
 from catbus.error_codes import ErrorCode
@@ -12,6 +13,7 @@ from catbus.log.in_memory import KEY_OVERHEAD
 from catbus.log.recent_messages import ENTRY_OVERHEAD
 from tests.log.conformance import ALICE, LogConformance, MakeLog
 from tests.log.harness import Publisher, RecordingFollower, running
+from tests.log.retained_conformance import RetainedConformance, Script, check_script, read_retained, scripts
 
 
 class TestConformance(LogConformance):
@@ -21,6 +23,17 @@ class TestConformance(LogConformance):
             return MemoryLog(recent, pending=pending)
 
         return make
+
+
+class TestRetained(RetainedConformance):
+    @pytest.fixture
+    def make_log(self) -> MakeLog:
+        return MemoryLog
+
+
+@given(scripts)
+def test_retained_messages_and_outcomes_agree_with_a_dict(script: Script) -> None:
+    trio.run(check_script, MemoryLog(), script)
 
 
 ROOM_FOR_TEN = 10 * (ENTRY_OVERHEAD + KEY_OVERHEAD + len("a") + 2)
@@ -82,6 +95,43 @@ async def test_unrecognisable_retry_is_not_appended() -> None:
         assert isinstance(fresh, Committed)
         assert not fresh.duplicate
         assert len(follower.entries) == 22
+
+
+async def test_retained_message_outlives_retention_and_so_does_its_key() -> None:
+    log = MemoryLog(ROOM_FOR_TEN)
+    async with running(log) as (_, publisher):
+        await publisher.publish_seq("b", b"11", producer=ALICE, number=1, retain=True)
+        await publisher.publish_seq("a", b"22", producer=ALICE, number=2, retain=True)
+        for n in range(10, 30):
+            await publisher.publish_seq("a", b"%d" % n)
+        assert log.floor == 13
+        assert [entry.seq for entry in await read_retained(log, "*")] == [2, 1]
+        retry = await publisher.publish("b", b"11", producer=ALICE, number=1, retain=True, expect=0, after=0)
+        assert retry == Committed(1, duplicate=True)
+        other = await publisher.publish("b", b"12", producer=ALICE, number=1, retain=True, expect=0, after=0)
+        assert isinstance(other, Rejected)
+        assert other.code is ErrorCode.BAD_MESSAGE
+        await publisher.publish_seq("b", b"null", retain=True)
+        lost = await publisher.publish("b", b"11", producer=ALICE, number=1, retain=True, expect=0, after=0)
+        assert isinstance(lost, Rejected)
+        assert lost.code is ErrorCode.UNKNOWN
+        entries, _ = await log.history("a", before=None, limit=100)
+        assert await log.erase("a") == len(entries) + 1
+        assert await read_retained(log, "*") == []
+
+
+async def test_retained_messages_have_a_budget_and_removing_is_always_allowed() -> None:
+    log = MemoryLog(retained_bytes=10)
+    async with running(log) as (follower, publisher):
+        assert await publisher.publish("a", b"12345", retain=True) == Committed(1)
+        full = await publisher.publish("b", b"12345", retain=True)
+        assert isinstance(full, Rejected)
+        assert full.code is ErrorCode.LIMIT
+        assert await publisher.publish("b", b"12345") == Committed(2)
+        assert await publisher.publish("a", b"null", retain=True) == Committed(3)
+        assert await publisher.publish("b", b"12345", retain=True) == Committed(4)
+        assert log.report()["retained"] == {"messages": 1, "bytes": 6}
+        assert len(follower.entries) == 4
 
 
 async def test_message_larger_than_the_ring_is_delivered() -> None:

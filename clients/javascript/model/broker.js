@@ -8,6 +8,12 @@ export const matches = (pattern, channel) =>
 /** The log in all its epochs. */
 export class Log {
   epoch = 'e1';
+  /** The highest seq that retention has deleted. */
+  deleted = 0;
+  /** The same, also before the database was restored. */
+  everDeleted = 0;
+  /** No two entries have the same time. */
+  #time = 0;
   /** The entries of each epoch. All epochs begin alike. */
   epochs = new Map([['e1', []]]);
   /** The seq at which each epoch began. The log is unchanged up to there. */
@@ -27,11 +33,31 @@ export class Log {
     return this.entries.length;
   }
 
-  append(channel, payload, key) {
+  append(channel, payload, key, { retain = false, expect } = {}) {
     if (key !== undefined && this.keys.has(key)) return { seq: this.keys.get(key), duplicate: true };
-    this.entries.push({ channel, payload });
+    const present = this.retained(channel, this.head).get(channel)?.seq ?? 0;
+    if (expect !== undefined && expect !== present) return { conflict: present };
+    this.entries.push({ channel, payload, retain, at: ++this.#time });
     if (key !== undefined) this.keys.set(key, this.head);
     return { seq: this.head };
+  }
+
+  /** The retained messages up to a seq of an epoch: what a map shows that is fed with all of its messages. */
+  retained(pattern, upto, epoch = this.epoch) {
+    const found = new Map();
+    for (const seq of this.after(pattern, 0, epoch)) {
+      const { channel, payload, retain, at } = this.epochs.get(epoch)[seq - 1];
+      if (seq > upto || !retain) continue;
+      if (payload === null) found.delete(channel);
+      else found.set(channel, { payload, seq, at });
+    }
+    return found;
+  }
+
+  /** Delete the oldest entries. */
+  retain(count) {
+    this.deleted = Math.min(this.deleted + count, this.head);
+    this.everDeleted = Math.max(this.deleted, this.everDeleted);
   }
 
   /** Note a sent publish. If it is sent again, everything sent before may precede it. */
@@ -43,6 +69,7 @@ export class Log {
   /** Restore the database: entries above `seq` are lost, and a new epoch begins. */
   restore(seq) {
     const kept = this.entries.slice(0, seq);
+    this.deleted = Math.min(this.deleted, seq);
     this.epoch = `e${this.epochs.size + 1}`;
     this.epochs.set(this.epoch, kept);
     this.began.set(this.epoch, kept.length);
@@ -66,6 +93,46 @@ export class Log {
   }
 }
 
+/** The members of all channels, on all replicas. */
+export class Presence {
+  /** The info of each session, by channel and by member. */
+  channels = new Map();
+  /** The channels and members that have changed, oldest first. */
+  changes = [];
+
+  join(channel, member, session, info) {
+    const members = this.channels.get(channel) ?? new Map();
+    this.channels.set(channel, members);
+    const sessions = members.get(member) ?? new Map();
+    // The newest info is the last one.
+    sessions.delete(session);
+    members.set(member, sessions.set(session, info));
+    this.changes.push([channel, member]);
+  }
+
+  leave(channel, member, session) {
+    const sessions = this.channels.get(channel)?.get(member);
+    if (!sessions?.delete(session)) return;
+    if (!sessions.size) this.channels.get(channel).delete(member);
+    this.changes.push([channel, member]);
+  }
+
+  /** The member as the broker describes it, or undefined. */
+  describe(channel, member) {
+    const sessions = this.channels.get(channel)?.get(member);
+    const [info] = [...(sessions?.values() ?? [])].reverse();
+    return sessions && { channel, client_id: member, sessions: sessions.size, info };
+  }
+
+  /** All members that match, in the order of their positions. */
+  members(pattern) {
+    return [...this.channels].sort().filter(([channel]) => matches(pattern, channel))
+      .flatMap(([channel, members]) => [...members.keys()].sort().map((member) => this.describe(channel, member)));
+  }
+}
+
+const positionOf = ({ channel, client_id: member }) => `${channel} ${member}`;
+
 /** The broker's end of one connection. */
 export class Replica {
   authenticated = false;
@@ -76,6 +143,8 @@ export class Replica {
   busy = 0;
   /** Whether it rejects subscriptions for now. */
   refusing = false;
+  /** Whether its send queue takes no changes of members. */
+  full = false;
   /** Whether it rejects invalid objects without their id, as an older broker does. */
   old = false;
   gone = false;
@@ -87,8 +156,11 @@ export class Replica {
   requests = [];
   replies = '';
 
-  constructor(log, clients, now) {
+  constructor(log, presence, clients, now) {
     this.log = log;
+    this.presence = presence;
+    /** How many changes of members it has announced. */
+    this.announced = presence.changes.length;
     this.clients = clients;
     this.applied = log.head;
     this.now = now;
@@ -131,6 +203,19 @@ export class Replica {
       case 'subscribe':
         if (this.refusing) return this.say({ type: 'subscribe_error', pattern, id, message: 'not now', code: 'unavailable' });
         return this.subscribe(request);
+      case 'join':
+        if (this.busy) {
+          this.busy--;
+          return this.say({ type: 'error', id, message: 'not now', code: 'overloaded' });
+        }
+        if (request.info === 'wrong') return this.say({ type: 'error', id, message: 'too long', code: 'too_large' });
+        this.presence.join(request.channel, this.clientId, this, request.info);
+        return this.say({ type: 'joined', channel: request.channel, id });
+      case 'leave':
+        this.presence.leave(request.channel, this.clientId, this);
+        return this.say({ type: 'left', channel: request.channel, id });
+      case 'members':
+        return this.say({ type: 'members', members: this.presence.members(pattern), id });
       case 'unsubscribe':
         this.held.delete(pattern);
         return this.say({ type: 'unsubscribed', pattern, seq: this.applied, id });
@@ -148,6 +233,7 @@ export class Replica {
   auth({ token, producer }) {
     const { clientId } = JSON.parse(token);
     this.authenticated = true;
+    this.clientId = clientId;
     this.producer ??= producer?.startsWith(`${clientId}/`) ? producer : `${clientId}/${++this.clients.count}`;
     this.say({
       type: 'auth_ok',
@@ -160,13 +246,15 @@ export class Replica {
     });
   }
 
-  commit({ id, channel, payload, retry, epoch, ephemeral }) {
+  commit({ id, channel, payload, retry, epoch, ephemeral, retain, expect }) {
     if (ephemeral) return this.say({ type: 'published', channel, id });
     const key = `${this.producer} ${id}`;
     if (retry && epoch !== this.log.epoch && !this.log.keys.has(key)) {
       return this.say(refusal({ id, channel }, 'unknown'));
     }
-    this.say({ type: 'published', channel, id, ...this.log.append(channel, payload, key) });
+    const { conflict, ...result } = this.log.append(channel, payload, key, { retain, expect });
+    if (conflict === undefined) this.say({ type: 'published', channel, id, ...result });
+    else this.say({ ...refusal({ id, channel }, 'conflict'), seq: conflict });
   }
 
   /** The database replies, whether the client is connected or not. */
@@ -180,34 +268,95 @@ export class Replica {
     for (const request of this.flight) this.say(refusal(request, 'unknown'));
   }
 
-  subscribe({ pattern, since, epoch, id }) {
-    this.say({ type: 'subscribed', pattern, seq: this.applied, epoch: this.log.epoch, id });
-    let cursor = since ?? this.applied;
+  subscribe({ pattern, since, epoch, id, retained = false, presence = false }) {
+    const before = this.held.get(pattern);
+    const cursor = since ?? Math.min(this.applied, (retained ? before?.cursor : undefined) ?? Infinity);
+    this.say({ type: 'subscribed', pattern, seq: since === undefined ? cursor : this.applied, epoch: this.log.epoch, id });
+    const subscription = { cursor, behind: since !== undefined || retained, retained, presence };
+    // `after`: the channel and the member up to which the pages of a snapshot were sent; undefined: there is none to send.
+    subscription.after = retained && since === undefined ? '' : undefined;
+    subscription.position = presence ? '' : undefined;
+    this.held.set(pattern, subscription);
     if (since !== undefined && epoch !== this.log.epoch) {
       const common = this.log.common(epoch, this.log.epoch);
-      if (since > common) {
-        cursor = common;
-        this.say({ type: 'gap', pattern, from: cursor + 1, to: cursor, epoch: this.log.epoch, reason: 'epoch' });
-      }
+      if (since > common) this.gap(pattern, subscription, common + 1, common, 'epoch');
     }
-    this.held.set(pattern, { cursor, behind: since !== undefined });
     this.deliver(this.applied);
   }
 
+  gap(pattern, subscription, from, to, reason) {
+    this.say({ type: 'gap', pattern, from, to, epoch: this.log.epoch, reason });
+    subscription.cursor = to;
+    if (!subscription.retained) return;
+    subscription.after = '';
+    subscription.behind = true;
+  }
+
   deliver(upto) {
-    this.applied = Math.max(this.applied, Math.min(upto, this.log.head));
+    this.applied = Math.max(this.applied, Math.min(upto, this.log.head), this.log.deleted);
     for (const [pattern, subscription] of this.held) {
+      if (subscription.cursor < this.log.deleted) this.gap(pattern, subscription, subscription.cursor + 1, this.log.deleted, 'retention');
+      if (!this.sendRetained(pattern, subscription)) continue;
       for (const seq of this.log.after(pattern, subscription.cursor)) {
         if (seq > this.applied) break;
-        const { channel, payload } = this.log.entries[seq - 1];
-        this.say({ type: 'message', channel, payload, pattern, seq, at: 1 });
+        const { channel, payload, retain, at } = this.log.entries[seq - 1];
+        this.say({ type: 'message', channel, payload, pattern, seq, at, ...(retain && { retain }) });
       }
-      if (subscription.cursor <= this.applied && subscription.behind) {
+      if (Math.max(subscription.cursor, subscription.until ?? 0) <= this.applied && subscription.behind) {
         subscription.behind = false;
         this.say({ type: 'live', pattern, seq: this.applied });
       }
       subscription.cursor = Math.max(subscription.cursor, this.applied);
     }
+    this.announce();
+  }
+
+  /** Send a page of retained messages, if there is one to send. Returns whether messages may follow. */
+  sendRetained(pattern, subscription) {
+    const { after, cursor } = subscription;
+    if (after === undefined) return true;
+    const rows = [...this.log.retained(pattern, Infinity)].sort().filter(([channel, { seq }]) => channel > after && seq <= cursor);
+    const page = rows.slice(0, 1);
+    subscription.after = page.at(-1)?.[0] ?? after;
+    const complete = page.length === rows.length;
+    if (complete) subscription.after = undefined;
+    // What was left out comes before `live`.
+    subscription.until = this.log.head;
+    const messages = page.map(([channel, row]) => ({ type: 'message', channel, ...row, retain: true }));
+    this.say({ type: 'retained', pattern, messages, complete });
+    return complete;
+  }
+
+  /** Announce the changes of members, and send a page of each snapshot of them. */
+  announce() {
+    const { changes } = this.presence;
+    const changed = new Map(changes.slice(this.announced).map((change) => [change.join(), change]));
+    this.announced = changes.length;
+    for (const [pattern, subscription] of this.held) {
+      if (!subscription.presence) continue;
+      for (const [channel, member] of changed.values()) if (matches(pattern, channel)) this.sendChange(pattern, subscription, channel, member);
+      if (subscription.position === undefined || this.full) continue;
+      const rest = this.presence.members(pattern).filter((member) => positionOf(member) > subscription.position);
+      const members = rest.slice(0, 1);
+      const complete = members.length === rest.length;
+      this.say({ type: 'members', pattern, members, complete });
+      if (!complete) subscription.position = positionOf(members[0]);
+      else {
+        subscription.position = subscription.again ? '' : undefined;
+        subscription.again = false;
+      }
+    }
+  }
+
+  sendChange(pattern, subscription, channel, member) {
+    const present = this.presence.describe(channel, member);
+    const object = { channel, client_id: member, sessions: 0, ...present };
+    // A later page shows it.
+    if (subscription.position !== undefined && positionOf(object) > subscription.position) return;
+    // A full send queue takes no change: another snapshot follows.
+    if (this.full && subscription.position === undefined) subscription.position = '';
+    else if (this.full) subscription.again = true;
+    else this.say({ type: 'presence', pattern, action: present ? 'update' : 'leave', ...object });
   }
 
   head() {
@@ -219,15 +368,14 @@ export class Replica {
     this.applied = Math.min(this.applied, seq);
     for (const [pattern, subscription] of this.held) {
       const to = Math.min(subscription.cursor, seq);
-      this.say({ type: 'gap', pattern, from: to + 1, to, epoch: this.log.epoch, reason: 'epoch' });
-      subscription.cursor = to;
+      this.gap(pattern, subscription, to + 1, to, 'epoch');
     }
   }
 
   history({ pattern, limit = 100, before = Infinity, id }) {
     const seqs = this.log.after(pattern, 0).filter((seq) => seq < before);
     const page = seqs.slice(-Math.min(limit, 2)); // Pages are short, so that several are needed.
-    const messages = page.map((seq) => ({ type: 'message', ...this.log.entries[seq - 1], pattern, seq, at: 1 }));
+    const messages = page.map((seq) => ({ type: 'message', ...this.log.entries[seq - 1], pattern, seq }));
     this.say({ type: 'history', messages, more: page.length < seqs.length, id });
   }
 }

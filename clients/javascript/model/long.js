@@ -7,8 +7,10 @@ import { parseArgs } from 'node:util';
 
 import fc from 'fast-check';
 
-import * as modules from '../src/catbus/core.js';
+import { loadModules } from './modules.js';
 import { life, live } from './steps.js';
+
+const modules = await loadModules();
 
 const { values } = parseArgs({ options: { minutes: { type: 'string', default: '1' }, seed: { type: 'string', default: `${Date.now() % 1e9}` } } });
 const until = performance.now() + Number(values.minutes) * 60_000;

@@ -6,6 +6,10 @@ import { CHANNELS, PATTERNS, World } from './world.js';
 
 const number = fc.nat(9);
 const channel = fc.constantFrom(...CHANNELS);
+const member = fc.constantFrom('carol', 'dave', 'alice');
+const info = fc.constantFrom(1, 2, 'wrong');
+/** Of a conditional publish: as it is, none, another one, or no condition. */
+const expect = fc.constantFrom(0, null, 1, undefined);
 const start = fc.oneof(
   { weight: 3, arbitrary: fc.constant({}) },
   { weight: 3, arbitrary: fc.record({ since: fc.nat(5) }) },
@@ -17,8 +21,24 @@ const STEPS = {
   publish: [6, { channel, count: fc.integer({ min: 1, max: 3 }) }, (world, { channel, count }) => {
     for (let n = 0; n < count; n++) world.publish(channel, false);
   }],
+  publishRetained: [3, { channel, expect }, (world, { channel, expect }) => world.publish(channel, false, { retain: true, expect })],
   poison: [2, { channel }, (world, { channel }) => world.publish(channel, true)],
   others: [3, { channel }, ({ log }, { channel }) => void log.append(channel, 'of others')],
+  othersRetained: [3, { channel, removed: fc.boolean() }, ({ log }, { channel, removed }) =>
+    void log.append(channel, removed ? null : 'of others', undefined, { retain: true })],
+  openMap: [3, { kind: fc.constantFrom('retained', 'presence'), pattern: fc.constantFrom(...PATTERNS) }, ({ maps }, { kind, pattern }) => maps.add(kind, pattern)],
+  closeMap: [1.5, { number }, ({ maps }, { number }) => pick(maps.open, number, (map) => maps.close(map))],
+  join: [2, { channel, info }, (world, { channel, info }) => world.join(channel, info)],
+  updateMembership: [1, { number, info }, (world, { number, info }) =>
+    pick(world.memberships.filter(({ over }) => !over), number, (membership) => world.updateMembership(membership, info))],
+  leave: [1, { number }, (world, { number }) =>
+    pick(world.memberships.filter(({ over }) => !over), number, (membership) => world.leave(membership))],
+  othersJoin: [2, { channel, member, info: fc.nat(2) }, ({ presence }, { channel, member, info }) => presence.join(channel, member, 'elsewhere', info)],
+  othersLeave: [2, { channel, member }, ({ presence }, { channel, member }) => presence.leave(channel, member, 'elsewhere')],
+  full: [2, { number, full: fc.boolean() }, (world, { number, full }) => pick(world.alive, number, ([, replica]) => void (replica.full = full))],
+  retain: [1, { count: fc.integer({ min: 1, max: 6 }) }, (world, { count }) => world.retain(count)],
+  members: [0.5, { pattern: fc.constantFrom(...PATTERNS) }, (world, { pattern }) =>
+    world.ask((core, settler) => core.members(pattern, undefined, undefined, settler))],
   subscribe: [4, { pattern: fc.constantFrom(...PATTERNS), start }, (world, { pattern, start }) =>
     world.subscribe(pattern, { ...start, ...(start.since !== undefined && { epoch: 'e1' }) })],
   unsubscribe: [2, { number }, (world, { number }) => pick(world.open, number, (subscriber) => world.unsubscribe(subscriber))],

@@ -7,7 +7,8 @@
 
 import assert from 'node:assert/strict';
 
-import { Log, Replica, matches } from './broker.js';
+import { Log, Presence, Replica, matches } from './broker.js';
+import { makeModelMaps } from './live_maps.js';
 
 const CHANNELS = ['a.x', 'b'];
 const PATTERNS = ['a.*', '*'];
@@ -19,6 +20,7 @@ export class World {
   now = 0;
   wall = 1e12;
   log = new Log();
+  presence = new Presence();
   clients = { count: 0 };
   /** The replicas, by connection. */
   replicas = new Map();
@@ -29,14 +31,16 @@ export class World {
   publishes = [];
   requests = [];
   subscribers = [];
+  memberships = [];
   clientId = 'alice';
   number = 0;
   running = false;
   /** Make the core. `modules` are those of the client, or of one with a planted mistake. */
-  constructor({ Core }) {
-    this.log.append('a.x', 'first');
-    this.log.append('b', 'second');
-    this.core = new Core({
+  constructor(modules) {
+    this.log.append('a.x', 'first', undefined, { retain: true });
+    this.log.append('b', 'second', undefined, { retain: true });
+    for (const channel of CHANNELS) for (const member of ['carol', 'dave']) this.presence.join(channel, member, 'elsewhere', 1);
+    this.core = new modules.Core({
       routes: () => [{ url: 'ws://x', kind: 'websocket' }],
       won: () => {},
       upgradable: false,
@@ -55,6 +59,7 @@ export class World {
       parse: JSON.parse,
       random: () => 0.5,
     });
+    this.maps = makeModelMaps(modules, this);
     this.connect();
   }
 
@@ -63,13 +68,16 @@ export class World {
   do(call) {
     this.core.advance(this.now, this.wall);
     const result = call(this.core);
-    this.carryOut();
+    // The end of a map calls the core again.
+    if (!this.busyWithEffects) this.carryOut();
     return result;
   }
 
   carryOut() {
     const { effects } = this.core;
+    this.busyWithEffects = true;
     for (let at = 0; at < effects.length; at++) this.perform(effects[at]);
+    this.busyWithEffects = false;
     effects.length = 0;
     for (const [connection, replica] of this.replicas) if (!replica.gone) replica.hear(connection.take());
     this.check();
@@ -96,7 +104,8 @@ export class World {
       settler(error, value);
     } else if (type === 'notify') {
       const [target, what, value] = details;
-      target.told(what, value);
+      if (target.told) target.told(what, value);
+      else target[what](value);
     }
   }
 
@@ -125,15 +134,21 @@ export class World {
     this.connect();
   }
 
-  publish(channel, poisonous) {
+  /** `expect`: with `retain`, the seq to expect, relative to that of the retained message; 0 is that one, null is none. */
+  publish(channel, poisonous, { retain = false, expect } = {}) {
     const payload = poisonous ? 'poison' : ++this.number;
-        const hanging = this.alive.some(([, { stuck }]) => stuck);
+    const hanging = this.alive.some(([, { stuck }]) => stuck);
     // A client that does not know the new epoch yet names the old one.
     const outdated = this.log.epoch !== 'e1' && this.core.present?.epoch !== this.log.epoch;
-    const publish = { channel, payload, result: undefined, doubtful: poisonous || hanging || outdated };
+    const present = this.log.retained(channel, Infinity).get(channel)?.seq ?? 0;
+    const expected = expect === null ? 0 : expect === undefined ? undefined : present + expect;
+    // A conflict does not say that an earlier try that expects no message was not published later.
+    const doubtful = poisonous || hanging || outdated || expected === 0;
+    const publish = { channel, payload, result: undefined, doubtful };
     this.publishes.push(publish);
     const settler = (error, value) => (publish.result = error ?? value);
-    this.do((core) => core.publish(`"channel":"${channel}","payload":${JSON.stringify(payload)}}`, false, settler));
+    const more = `${retain ? ',"retain":true' : ''}${expected === undefined ? '' : `,"expect":${expected}`}`;
+    this.do((core) => core.publish(`"channel":"${channel}","payload":${JSON.stringify(payload)}${more}}`, false, settler, expected === 0));
   }
 
   ask(call) {
@@ -150,6 +165,33 @@ export class World {
     const subscriber = new ModelSubscriber(pattern, start, this);
     this.subscribers.push(subscriber);
     subscriber.subscriber = this.do((core) => core.subscriptions.add(pattern, start, subscriber));
+  }
+
+  join(channel, info) {
+    if (this.memberships.filter(({ over }) => !over).length >= 3) return;
+    const membership = { holder: { channel, info: JSON.stringify(info), target: { ended: (why) => this.membershipEnded(membership, why) } }, waiting: 1, over: false };
+    this.memberships.push(membership);
+    this.do((core) => core.memberships.join(membership.holder, (error) => {
+      membership.waiting--;
+      if (!error) membership.owner = core.present.clientId;
+    }));
+  }
+
+  updateMembership(membership, info) {
+    membership.waiting++;
+    this.do((core) => core.memberships.update(membership.holder, JSON.stringify(info), () => membership.waiting--));
+  }
+
+  leave(membership) {
+    Object.assign(membership, { over: true, waiting: membership.waiting + 1 });
+    this.do((core) => core.memberships.leave(membership.holder, () => membership.waiting--));
+  }
+
+  membershipEnded(membership, why) {
+    membership.over = true;
+    // The info of a handle is unknown to the broker while another one has a newer info.
+    const shared = this.memberships.filter(({ holder }) => holder.channel === membership.holder.channel).length > 1;
+    assert.ok(why.code === 'unauthorized' || (why.code === 'too_large' && (membership.owner === undefined || shared)), `a membership has ended: ${why.message}`);
   }
 
   get open() {
@@ -170,7 +212,7 @@ export class World {
 
   openConnection(index) {
     const [connection] = this.opening.splice(index, 1);
-    this.replicas.set(connection, new Replica(this.log, this.clients, this.now));
+    this.replicas.set(connection, new Replica(this.log, this.presence, this.clients, this.now));
     this.do((core) => core.opened(connection));
   }
 
@@ -205,7 +247,13 @@ export class World {
 
   lose(connection, code) {
     this.replicas.get(connection).gone = true;
+    this.endSessions();
     this.do((core) => core.closed(connection, code, ''));
+  }
+
+  /** The sessions that have ended are members of nothing any more: the grace is over. */
+  endSessions() {
+    for (const [, replica] of this.replicas) if (replica.gone) for (const channel of CHANNELS) this.presence.leave(channel, replica.clientId, replica);
   }
 
   goaway(connection) {
@@ -224,6 +272,11 @@ export class World {
     for (const [, replica] of this.alive) replica.restored(this.log.head);
   }
 
+  retain(count) {
+    // What a subscriber with `last` is owed of what was deleted is undefined.
+    if (!this.subscribers.some(({ start }) => start.last !== undefined)) this.log.retain(count);
+  }
+
   wait(ms) {
     this.now += ms;
     this.wall += ms;
@@ -239,7 +292,7 @@ export class World {
     const unknown = new Set();
     for (const { channel, payload, result, doubtful } of this.publishes) {
       if (!result) continue;
-      if (result.seq !== undefined) {
+      if (!(result instanceof Error)) {
         assert.ok(
           logs.some((entries) => entries[result.seq - 1]?.payload === payload && entries[result.seq - 1].channel === channel),
           `publish ${payload} was answered with a seq that is not its own`,
@@ -269,13 +322,39 @@ export class World {
       if (replica.stopping) this.lose(connection, 4504);
       Object.assign(replica, { stuck: false, refusing: false });
     }
+    for (const [, replica] of this.replicas) replica.full = false;
     for (const { subscriber, ended } of this.subscribers) if (!ended) this.do((core) => core.subscriptions.unpause(subscriber));
     if (!this.running) this.connect();
     this.settle();
     this.check();
     for (const subscriber of this.subscribers) subscriber.finish();
-    const wanted = new Set(this.open.map(({ pattern }) => pattern));
+    this.maps.finish();
+    this.finishMemberships();
+    const wanted = new Set([...this.open, ...this.maps.open].map(({ pattern }) => pattern));
     for (const [, { held, silent }] of this.alive) if (!silent) assert.deepEqual(new Set(held.keys()), wanted, 'the broker sends to nobody');
+  }
+
+  /** The memberships of a channel that were not left. */
+  heldIn(channel) {
+    return this.memberships.filter(({ over, holder }) => !over && holder.channel === channel);
+  }
+
+  /** The infos of the sessions of this client in a channel. */
+  infosIn(channel) {
+    const sessions = [...(this.presence.channels.get(channel)?.get(this.clientId) ?? [])];
+    return sessions.filter(([session]) => session !== 'elsewhere').map(([, info]) => info);
+  }
+
+  /** The client is a member of exactly those channels that it has joined and not left, once, and with the newest info. */
+  finishMemberships() {
+    this.endSessions();
+    for (const channel of CHANNELS) {
+      const infos = this.infosIn(channel);
+      const held = this.heldIn(channel);
+      for (const { owner } of held) assert.equal(owner, this.clientId, 'a membership belongs to somebody else');
+      assert.equal(infos.length, held.length ? 1 : 0, `sessions of the member in ${channel}`);
+      for (const info of infos) assert.ok(held.some(({ holder }) => holder.info === JSON.stringify(info)), `${channel} has the info ${info}`);
+    }
   }
 
   /** Process everything until nothing is left to do. */
@@ -292,13 +371,14 @@ export class World {
   run(ms) {
     const until = this.now + ms;
     while (this.now < until) {
-      while (this.turn());
+      for (let turns = 0; this.turn(); turns++) assert.ok(turns < 1000, `it does not come to rest: ${this.describe()}`);
       this.wait(Math.max(1, Math.min(this.core.timers.next ?? until, until) - this.now));
     }
   }
 
   /** Have every replica reply to its requests. Returns whether there is more. */
   turn() {
+    this.endSessions();
     while (this.opening.length) this.openConnection(0);
     while (this.tokens.length) this.deliverToken(0);
     for (const [connection, replica] of this.alive) {
@@ -320,9 +400,14 @@ export class World {
   }
 
   openEnds() {
+    this.endSessions();
     return [
       ...this.publishes.filter(({ result }) => !result).map(({ payload }) => `publish ${payload}`),
       ...this.requests.filter(({ settled }) => !settled).map(() => 'a request'),
+      ...this.memberships.filter(({ waiting }) => waiting).map(({ holder }) => `a membership of ${holder.channel}`),
+      // A join that was rejected for now is sent again.
+      ...CHANNELS.filter((channel) => this.heldIn(channel).length && !this.infosIn(channel).length).map((channel) => `${channel} is not joined`),
+      ...this.maps.openEnds(),
       ...this.subscribers.filter((subscriber) => !subscriber.complete).map(({ pattern }) => `a subscription of ${pattern}`),
     ];
   }
@@ -401,7 +486,7 @@ class ModelSubscriber {
     const { log } = this.world;
     // What a restore has taken from the log since then is owed to nobody.
     const last = Math.min(to, this.at.epoch === epoch ? to : log.common(this.at.epoch, epoch));
-    if (log.after(this.pattern, this.at.seq, this.at.epoch).some((seq) => seq <= last)) this.wrong ??= `${this.pattern} was told of a gap that there is not`;
+    if (log.after(this.pattern, this.at.seq, this.at.epoch).some((seq) => seq <= last && seq > log.everDeleted)) this.wrong ??= `${this.pattern} was told of a gap that there is not`;
     this.at = { seq: to, epoch };
   }
 

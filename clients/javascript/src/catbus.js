@@ -44,6 +44,11 @@ export { DisconnectedError as Disconnected, RefusedError as Refused } from './ca
  * @typedef {import('./catbus/types.js').Options} Options
  */
 /**
+ * How to publish.
+ *
+ * @typedef {import('./catbus/types.js').PublishOptions} PublishOptions
+ */
+/**
  * The result of a publish.
  *
  * @typedef {import('./catbus/types.js').Published} Published
@@ -84,4 +89,61 @@ export { DisconnectedError as Disconnected, RefusedError as Refused } from './ca
  *
  * @template [T=any]
  * @typedef {import('./catbus/types.js').Page<T>} Page
+ */
+/**
+ * The retained message of a channel.
+ *
+ * @template [T=any]
+ * @typedef {import('./catbus/types.js').RetainedMessage<T>} RetainedMessage
+ */
+/**
+ * A change of a retained message.
+ *
+ * @template [T=any]
+ * @typedef {import('./catbus/types.js').RetainedChange<T>} RetainedChange
+ */
+/**
+ * The retained messages of a pattern.
+ *
+ * @template [T=any]
+ * @typedef {import('./catbus/types.js').RetainedMap<T>} RetainedMap
+ */
+/**
+ * A member of a channel.
+ *
+ * @template [I=any]
+ * @typedef {import('./catbus/types.js').Member<I>} Member
+ */
+/**
+ * A change of the members of a channel.
+ *
+ * @template [I=any]
+ * @typedef {import('./catbus/types.js').PresenceChange<I>} PresenceChange
+ */
+/**
+ * The members of each channel of a pattern.
+ *
+ * @template [I=any]
+ * @typedef {import('./catbus/types.js').PresenceMap<I>} PresenceMap
+ */
+/**
+ * A page of members.
+ *
+ * @template [I=any]
+ * @typedef {import('./catbus/types.js').MembersPage<I>} MembersPage
+ */
+/**
+ * The end of a live map, or of a membership.
+ *
+ * @typedef {import('./catbus/types.js').LiveOptions} LiveOptions
+ */
+/**
+ * A membership.
+ *
+ * @typedef {import('./catbus/types.js').Membership} Membership
+ */
+/**
+ * A membership from its start.
+ *
+ * @typedef {import('./catbus/types.js').MembershipHandle} MembershipHandle
  */

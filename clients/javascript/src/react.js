@@ -5,11 +5,11 @@
  */
 'use client';
 
-import { createContext, createElement, useCallback, useContext, useEffect, useRef, useState, useSyncExternalStore } from 'react';
+import { createContext, createElement, useCallback, useContext, useEffect, useMemo, useRef, useState, useSyncExternalStore } from 'react';
 
 /**
  * @import { CatbusClient } from './catbus/client.js'
- * @import { ConnectionState, Gap, Message, Published, SubscribeOptions } from './catbus/types.js'
+ * @import { ConnectionState, Gap, LiveMapOf, LiveOptions, Member, Message, Published, PublishOptions, RetainedMessage, SubscribeOptions } from './catbus/types.js'
  */
 
 const ClientContext = createContext(/** @type {CatbusClient | undefined} */ (undefined));
@@ -47,7 +47,7 @@ export function useConnectionState() {
 /**
  * A function to publish with. It stays the same as long as the client.
  *
- * @returns {(channel: string, payload: unknown, options?: {ephemeral?: boolean | undefined, echo?: boolean | undefined}) => Promise<Published>}
+ * @returns {(channel: string, payload: unknown, options?: PublishOptions) => Promise<Published>}
  */
 export function usePublish() {
   const client = useCatbus();
@@ -151,4 +151,82 @@ export function useMessages(pattern, { last = 50 } = {}) {
   );
   const mine = shown.of === client && list.current.key === key;
   return { ...state, messages: mine ? shown.messages : [], gap: mine ? shown.gap : undefined };
+}
+
+/**
+ * The state of a live map: `ready` when it is complete, `error` when it has ended.
+ *
+ * @template V
+ * @typedef {{entries: ReadonlyMap<string, V>, ready: boolean, error: Error | undefined}} LiveMapState
+ */
+
+/** @type {LiveMapState<any>} */
+const EMPTY = { entries: new Map(), ready: false, error: undefined };
+
+/**
+ * The retained messages that match, by channel. `entries` is another map after each change. Components with the same pattern
+ * share one subscription; `null` and `undefined` are none.
+ *
+ * @template [T=any]
+ * @param {string | null | undefined} pattern @returns {LiveMapState<RetainedMessage<T>>}
+ */
+export function useRetained(pattern) {
+  const client = useCatbus();
+  return useLiveMap(useMemo(() => storeOf(pattern, (of, options) => client.retained(of, options)), [client, pattern]));
+}
+
+/**
+ * The members of all channels that match, by channel. `entries` is another map after each change.
+ *
+ * @template [I=any]
+ * @param {string | null | undefined} pattern @returns {LiveMapState<readonly Member<I>[]>}
+ */
+export function usePresence(pattern) {
+  const client = useCatbus();
+  return useLiveMap(useMemo(() => storeOf(pattern, (of, options) => client.presence(of, options)), [client, pattern]));
+}
+
+/** @param {ReturnType<typeof storeOf>} store @returns {LiveMapState<any>} */
+function useLiveMap({ subscribe, get }) {
+  return useSyncExternalStore(subscribe, get, () => EMPTY);
+}
+
+/**
+ * A store of a live map, which is open while the store is subscribed to.
+ *
+ * @param {string | null | undefined} pattern @param {(pattern: string, options: LiveOptions) => Promise<LiveMapOf<any, any>>} open
+ */
+function storeOf(pattern, open) {
+  let state = EMPTY;
+
+  /** @param {() => void} changed */
+  function subscribe(changed) {
+    if (pattern === null || pattern === undefined) return () => {};
+    const controller = new AbortController();
+    const { signal } = controller;
+    let due = false;
+    if (state.error) state = EMPTY;
+    /** @param {LiveMapState<any>} next */
+    const show = (next) => {
+      if (signal.aborted) return;
+      state = next;
+      changed();
+    };
+    const onEnd = (/** @type {Error} */ error) => show({ ...state, ready: false, error });
+    open(pattern, { signal, onEnd }).then((map) => {
+      const showMap = () => {
+        due = false;
+        if (!state.error) show({ entries: new Map(map), ready: true, error: undefined });
+      };
+      map.onChange(() => {
+        // One copy for all changes that arrive together.
+        if (!due) queueMicrotask(showMap);
+        due = true;
+      });
+      showMap();
+    }, onEnd);
+    return () => controller.abort();
+  }
+
+  return { subscribe, get: () => state };
 }

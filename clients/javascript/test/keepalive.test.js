@@ -3,8 +3,10 @@
 import assert from 'node:assert/strict';
 import { test } from 'node:test';
 
-import * as modules from '../src/catbus/core.js';
+import { loadModules } from '../model/modules.js';
 import { World } from '../model/world.js';
+
+const modules = await loadModules();
 
 /** A client that is connected, and the broker's end. */
 function connected() {

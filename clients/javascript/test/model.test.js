@@ -2,8 +2,10 @@ import { test } from 'node:test';
 
 import fc from 'fast-check';
 
-import * as modules from '../src/catbus/core.js';
+import { loadModules } from '../model/modules.js';
 import { life, live } from '../model/steps.js';
+
+const modules = await loadModules();
 
 /** A longer run: `node model/long.js --minutes 60`. */
 test('client agrees with the model in random sequences of steps', () => {

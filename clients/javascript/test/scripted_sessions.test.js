@@ -23,7 +23,14 @@ const CANNOT_BE_SENT = {
   ],
   'a value other than an object ends the session': ['[1]'],
   'the last of two values with one name counts': ['nothing'],
+  'retained messages come first, and a publish over another one is a conflict': [
+    ...Array(6).fill('publish'),
+    'subscribe',
+    'publish',
+  ],
   'an object that does not decode is rejected by its id': [...Array(6).fill('unknown'), '{"type":undefined,"id":10}'],
+  'members of a channel join, change and leave': ['subscribe', 'join', 'join', 'members', 'leave', 'leave'],
+  'wrong requests about members are rejected, and the session continues': ['join', 'join', 'join', 'join', 'members', 'members', 'members'],
 };
 
 /** The session without the fields and steps that the client does not report: it reports a rejected `auth`, not the closing code. */
@@ -77,8 +84,8 @@ class Client {
   #call(message) {
     const { type, pattern, protocol, producer, retry } = message;
     if (type === 'auth') return protocol && !producer && !this.#client ? this.#authenticate(message) : undefined;
-    if (!this.#client || retry) return undefined;
-    if (type === 'subscribe') return this.#subscribe(message);
+    if (!this.#client || retry || 'retain' in message || 'expect' in message || 'retained' in message) return undefined;
+    if (type === 'subscribe') return message.presence ? undefined : this.#subscribe(message);
     if (type === 'unsubscribe' && this.#subscriptions.has(pattern)) {
       return this.#ask(message, 'subscribe_error', async () => {
         await this.#subscriptions.get(pattern).unsubscribe();

@@ -8,12 +8,19 @@ import { checkDuration, checkFunction, checkInteger, checkPosition, checkText, e
 import { Core } from './core.js';
 import { constructorFor, drive } from './driver.js';
 import { encodePayload, parseExact } from './payload_json.js';
+import { join } from './membership_handle.js';
+import { LiveMaps } from './live_maps.js';
+import { PresenceFeed } from './presence_feed.js';
+import { PresenceState, asMember } from './presence_state.js';
+import { RetainedFeed } from './retained_feed.js';
+import { RetainedState } from './retained_state.js';
 import { kindOf, rememberWinner, routesTo } from './broker_addresses.js';
 import { SubscriptionEntry, asMessage, handleOf } from './subscription_handle.js';
 import { sizeError } from './in_flight_publishes.js';
 
 /**
- * @import { ConnectionState, Events, HistoryOptions, Message, Options, Page, Published, SubscribeOptions, SubscriptionHandle } from './types.js'
+ * @import { ConnectionState, Events, HistoryOptions, LiveOptions, MembersPage, MembershipHandle, Message, Options, Page } from './types.js'
+ * @import { PresenceMap, PublishOptions, Published, RetainedMap, SubscribeOptions, SubscriptionHandle } from './types.js'
  */
 
 /** In milliseconds. */
@@ -33,6 +40,8 @@ export class CatbusClient {
   #core;
   #driver;
   #options;
+  #presence;
+  #retained;
   /** @type {Map<string, Set<(value: any) => void>>} */
   #handlers = new Map();
 
@@ -59,7 +68,10 @@ export class CatbusClient {
       parse: all.bigint ? parseExact : JSON.parse,
       random: Math.random,
     });
-    this.#driver = drive(this.#core, all, (event, value) => this.#emit(event, value));
+    const { perform } = (this.#driver = drive(this.#core, all, (event, value) => this.#emit(event, value)));
+    const host = { perform: (/** @type {(subscriptions: Core['subscriptions']) => void} */ call) => perform((core) => call(core.subscriptions)), threw: report };
+    this.#retained = new LiveMaps(RetainedState, RetainedFeed, host);
+    this.#presence = new LiveMaps(PresenceState, PresenceFeed, host);
   }
 
   // State
@@ -230,17 +242,75 @@ export class CatbusClient {
    * is lost before the reply, it is sent again on the next one, and is in the log once. Rejects with `RefusedError`:
    * after `unknown` it may have been published, after any other code it was not.
    *
-   * @param {string} channel @param {unknown} payload
-   * @param {{ephemeral?: boolean | undefined, echo?: boolean | undefined}} [options] `echo: false`: not to this client
-   * @returns {Promise<Published>}
+   * With `retain` it becomes the retained message of its channel; the payload `null` removes that. With `expect` it rejects
+   * with the code `conflict`, and the present `seq`, unless the retained message has the expected seq.
+   *
+   * @param {string} channel @param {unknown} payload @param {PublishOptions} [options] @returns {Promise<Published>}
    */
-  async publish(channel, payload, { ephemeral = false, echo = true } = {}) {
+  async publish(channel, payload, { ephemeral = false, echo = true, retain = false, expect } = {}) {
     const json = encodePayload(payload);
-    const body = `"channel":${JSON.stringify(checkText('channel', channel))},"payload":${json}${echo ? '' : ',"echo":false'}}`;
+    if (expect !== undefined) checkInteger('expect', expect, 0);
+    const more = `${retain ? ',"retain":true' : ''}${expect === undefined ? '' : `,"expect":${expect}`}${echo ? '' : ',"echo":false'}`;
+    const body = `"channel":${JSON.stringify(checkText('channel', channel))},"payload":${json}${more}}`;
     const { limits = {} } = this.#core.present ?? {};
     const over = sizeError(body, limits);
     if (over) throw over;
-    return this.#driver.ask((core, settler) => core.publish(body, ephemeral === true, settler));
+    return this.#driver.ask((core, settler) => core.publish(body, ephemeral === true, settler, expect === 0));
+  }
+
+  // Retained messages and presence
+
+  /**
+   * The retained messages that match, as a map by channel that stays up to date. Resolves when it is complete. Several maps
+   * of a pattern share one subscription at the broker.
+   *
+   * @template [T=any]
+   * @param {string} pattern @param {LiveOptions} [options] @returns {Promise<RetainedMap<T>>}
+   */
+  async retained(pattern, options = {}) {
+    return this.#retained.open(pattern, options);
+  }
+
+  /**
+   * The members of all channels that match, as a map by channel that stays up to date. Resolves when it is complete.
+   *
+   * @template [I=any]
+   * @param {string} pattern @param {LiveOptions} [options] @returns {Promise<PresenceMap<I>>}
+   */
+  async presence(pattern, options = {}) {
+    return this.#presence.open(pattern, options);
+  }
+
+  /**
+   * Become a member of a channel, and stay one on each connection until `leave()`. Several memberships of a channel are one
+   * at the broker, with the newest info.
+   *
+   * Returns a membership at once. Awaiting it waits until the broker has accepted it.
+   *
+   * @param {string} channel @param {unknown} [info] JSON of up to 1024 bytes @param {LiveOptions} [options] @returns {MembershipHandle}
+   */
+  join(channel, info, options = {}) {
+    return join(channel, info, options, {
+      ask: (call) => this.#driver.ask((core, settler) => call(core.memberships, settler)),
+      threw: report,
+      reportError: (error) => this.#emit('error', error),
+    });
+  }
+
+  /**
+   * A page of the members of all channels that match. While the client reconnects, it waits for the connection.
+   *
+   * @template [I=any]
+   * @param {string} pattern @param {{limit?: number | undefined, after?: string | undefined}} [options] `after`: `next` of the page before
+   * @returns {Promise<MembersPage<I>>}
+   */
+  async members(pattern, { limit, after } = {}) {
+    checkText('pattern', pattern);
+    if (limit !== undefined) checkInteger('limit', limit, 1);
+    if (after !== undefined) checkText('after', after);
+    /** @type {any} */
+    const { members, next } = await this.#driver.ask((core, settler) => core.members(pattern, limit, after, settler));
+    return { members: members.map(asMember), next };
   }
 
   // History and ping

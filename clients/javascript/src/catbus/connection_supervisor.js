@@ -28,6 +28,7 @@ const MIN_ATTEMPT_INTERVAL = 1000;
  * @property {import('./in_flight_publishes.js').InFlightPublishes} publishes
  * @property {import('./in_flight_requests.js').InFlightRequests} requests
  * @property {import('./subscription_manager.js').SubscriptionManager} subscriptions
+ * @property {import('./memberships.js').Memberships} memberships
  * @property {(error?: Error) => void} arrived there is a connection, or there will be none
  */
 
@@ -77,7 +78,7 @@ export class ConnectionSupervisor {
   /** Make no further connection for now. @param {Error} why @param {'disconnect()' | 'final error'} event */
   stop(why, event) {
     if (!this.running) return;
-    const { timers, publishes, requests, subscriptions } = this.#host;
+    const { timers, publishes, requests, subscriptions, memberships } = this.#host;
     this.last = why;
     this.running = false;
     this.identity = undefined;
@@ -92,7 +93,7 @@ export class ConnectionSupervisor {
     for (const name of ['reconnect', 'move', 'upgrade', 'replies', 'asks']) timers.cancel(name);
     publishes.fail(why);
     requests.fail(why);
-    if (event === 'final error') subscriptions.endAll(why);
+    if (event === 'final error') for (const each of [subscriptions, memberships]) each.endAll(why);
     this.#transition(event);
     this.#host.arrived(why);
   }
@@ -223,7 +224,7 @@ export class ConnectionSupervisor {
   #useFirst(connection) {
     this.#moving = undefined;
     this.#use(connection);
-    this.#host.subscriptions.endForeign(connection.clientId);
+    this.#endForeign(connection);
     this.#host.subscriptions.resume(connection);
     this.#resumeRequests(connection);
     this.#host.emit('transport', connection.kind);
@@ -245,6 +246,12 @@ export class ConnectionSupervisor {
     this.producer = connection.producer;
     this.#host.publishes.resume(connection);
     this.#host.requests.resume(connection);
+    this.#host.memberships.resume(connection);
+  }
+
+  /** @param {Connection} connection */
+  #endForeign({ clientId }) {
+    for (const each of [this.#host.subscriptions, this.#host.memberships]) each.endForeign(clientId);
   }
 
   /** Handle the end of a connection. @param {Connection} connection @param {DisconnectedError} why @param {number | undefined} code the close code to send, unless the broker has closed */
@@ -284,6 +291,7 @@ export class ConnectionSupervisor {
     this.#host.subscriptions.lose(connection);
     this.#host.publishes.lose(connection, why);
     this.#host.requests.lose(connection);
+    this.#host.memberships.lose(connection);
   }
 
   /** @param {Connection} connection @param {number | undefined} code */
@@ -325,7 +333,7 @@ export class ConnectionSupervisor {
     this.#moving = undefined;
     this.#keepalive.startPings(connection);
     this.#host.publishes.hold();
-    this.#host.subscriptions.endForeign(connection.clientId);
+    this.#endForeign(connection);
     this.#host.subscriptions.resume(connection);
     this.#repliesTimedOut = this.#subscribesTimedOut = false;
     this.#host.timers.set('replies', ACKNOWLEDGEMENT_TIMEOUT, () => (this.#repliesTimedOut = true));

@@ -2,8 +2,9 @@
  * The client without promises, timers or I/O. Events of connections, messages of the broker, calls of the application and
  * the time go in; requests, settlements and callbacks come out as `effects`, which the caller carries out in order.
  *
- * Each thing has one owner: `SubscriptionManager` a subscription, `InFlightPublishes` a publish, `InFlightRequests` any other
- * request, `ConnectionRace` an attempt to connect, `ConnectionSupervisor` the present connection and the next one.
+ * Each thing has one owner: `SubscriptionManager` a subscription, `Memberships` a membership, `InFlightPublishes` a publish,
+ * `InFlightRequests` any other request, `ConnectionRace` an attempt to connect, `ConnectionSupervisor` the present connection
+ * and the next one.
  *
  * @module
  */
@@ -12,6 +13,7 @@ import { DisconnectedError, RefusedError, asError, closedBy } from './errors.js'
 import { HANDLERS } from './message_handlers.js';
 import { InFlightPublishes } from './in_flight_publishes.js';
 import { InFlightRequests } from './in_flight_requests.js';
+import { Memberships } from './memberships.js';
 import { SubscriptionManager } from './subscription_manager.js';
 import { ConnectionSupervisor } from './connection_supervisor.js';
 import { Timers } from './timers.js';
@@ -76,6 +78,7 @@ export class Core {
     this.publishes = new InFlightPublishes(this, options.autoReconnect);
     this.requests = new InFlightRequests(this);
     this.subscriptions = new SubscriptionManager(this);
+    this.memberships = new Memberships(this);
     this.supervisor = new ConnectionSupervisor(options, this);
   }
 
@@ -120,8 +123,8 @@ export class Core {
     this.supervisor.stop(new DisconnectedError('disconnected by this client'), 'disconnect()');
   }
 
-  /** @param {string} body @param {boolean} ephemeral @param {Settler} settler */
-  publish(body, ephemeral, settler) {
+  /** @param {string} body @param {boolean} ephemeral @param {Settler} settler @param {boolean} [expectsNone] whether it has `expect: 0` */
+  publish(body, ephemeral, settler, expectsNone = false) {
     if (ephemeral) return this.publishes.publishEphemeral(body, settler);
     const { present, running, identity } = this.supervisor;
     if (!present) {
@@ -132,7 +135,7 @@ export class Core {
         return this.settle(settler, new RefusedError('overloaded', `${waiting} messages wait already`));
       }
     }
-    this.publishes.publish(body, settler, identity);
+    this.publishes.publish(body, settler, identity, expectsNone);
   }
 
   /** @param {string} pattern @param {number | undefined} limit @param {number | undefined} before @param {Settler} settler */
@@ -142,6 +145,12 @@ export class Core {
     this.requests.history(pattern, limit, before, (error, page) =>
       this.settle(settler, error, page && { ...page, head, epoch: this.present?.epoch ?? epoch }),
     );
+  }
+
+  /** @param {string} pattern @param {number | undefined} limit @param {string | undefined} after @param {Settler} settler */
+  members(pattern, limit, after, settler) {
+    if (!this.supervisor.running) return this.settle(settler, new DisconnectedError('not connected'));
+    this.requests.members(pattern, limit, after, (error, page) => this.settle(settler, error, page));
   }
 
   /** @param {Settler} settler */
@@ -236,7 +245,7 @@ export class Core {
     // The connection works, so requests that are much older than this ping get no reply any more.
     this.publishes.timeOutBefore(sent);
     this.requests.timeOutBefore(sent);
-    if (this.subscriptions.stuckSince(sent)) {
+    if (this.subscriptions.stuckSince(sent) || this.memberships.stuckSince(sent)) {
       this.lose(connection, new DisconnectedError('the broker does not answer'), 4000);
     }
   }
@@ -263,7 +272,7 @@ export class Core {
     this.effect('settle', settler, error, value);
   }
 
-  /** @param {import('./subscriber.js').Subscriber} subscriber @param {import('./shared_subscription.js').What} what @param {any} [value] */
+  /** @param {{target: any}} subscriber @param {import('./shared_subscription.js').What} what @param {any} [value] */
   notify(subscriber, what, value) {
     this.effect('notify', subscriber.target, what, value);
   }

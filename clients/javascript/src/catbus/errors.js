@@ -23,12 +23,14 @@ export class CatbusError extends Error {
  * Thrown by a `token` function it means that there will be no other token: the client ends and does not reconnect.
  */
 export class RefusedError extends CatbusError {
-  /** @param {string} code @param {string} message @param {number} [retryAfter] seconds */
-  constructor(code, message, retryAfter) {
+  /** @param {string} code @param {string} message @param {number} [retryAfter] seconds @param {number} [seq] */
+  constructor(code, message, retryAfter, seq) {
     super(code, message);
     this.name = 'RefusedError';
     /** Seconds for which the broker would reject the same request again, if it says so. */
     this.retryAfter = retryAfter;
+    /** With the code `conflict`: the seq of the channel's retained message, 0 for none. */
+    this.seq = seq;
   }
 }
 

@@ -32,6 +32,7 @@ const REQUEST_OVERHEAD = 256;
  * @property {string} body `"channel":...,"payload":...` and what else never changes
  * @property {Settler} settler
  * @property {string | null | undefined} owner the client_id under which it was made, if known
+ * @property {boolean} expectsNone whether it is only published if there is no retained message
  * @property {number} after the head when it was first sent
  * @property {string} epoch
  * @property {number} tries on this connection
@@ -84,9 +85,9 @@ export class InFlightPublishes {
     return this.#sent.size > this.#toRetry.size || this.#ephemeral.size > 0;
   }
 
-  /** @param {string} body @param {Settler} settler @param {string | null | undefined} owner */
-  publish(body, settler, owner) {
-    this.#unsent.push({ id: 0, body, settler, owner, after: 0, epoch: '', tries: 0, losses: 0, at: 0 });
+  /** @param {string} body @param {Settler} settler @param {string | null | undefined} owner @param {boolean} expectsNone */
+  publish(body, settler, owner, expectsNone) {
+    this.#unsent.push({ id: 0, body, settler, owner, expectsNone, after: 0, epoch: '', tries: 0, losses: 0, at: 0 });
     this.#sendUnsent();
   }
 
@@ -180,7 +181,9 @@ export class InFlightPublishes {
     if (this.#settleEphemeral(id, reason)) return true;
     const publish = this.#sent.get(id);
     if (!publish) return false;
-    if (this.#uncertain.has(id) || reason.code === 'unknown') {
+    // An earlier try may still be published, unless it expects a message that is replaced for good.
+    const certain = reason.code === 'conflict' && !publish.expectsNone;
+    if ((this.#uncertain.has(id) && !certain) || reason.code === 'unknown') {
       this.#keepUncertain(publish, reason);
     } else {
       this.#remove(id);

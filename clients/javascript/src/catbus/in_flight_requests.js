@@ -1,5 +1,5 @@
 /**
- * The table of history requests and pings without a reply. It outlives connections: the next one gets them again.
+ * The table of requests for pages, and of pings, without a reply. It outlives connections: the next one gets them again.
  *
  * @module
  */
@@ -29,6 +29,12 @@ export class InFlightRequests {
   history(pattern, limit, before, done, kept = false) {
     const id = this.#host.nextId();
     this.#send(id, { type: 'history', pattern, limit, before, id }, done, kept);
+  }
+
+  /** @param {string} pattern @param {number | undefined} limit @param {string | undefined} after @param {Settler} done */
+  members(pattern, limit, after, done) {
+    const id = this.#host.nextId();
+    this.#send(id, { type: 'members', pattern, limit, after, id }, done);
   }
 
   /** @param {Settler} done called with the round-trip time in milliseconds */

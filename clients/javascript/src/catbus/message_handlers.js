@@ -10,18 +10,18 @@ import { RefusedError } from './errors.js';
 /** @typedef {import('./connection.js').IncomingStream} IncomingStream */
 
 /** @param {any} object */
-function errorFrom({ code = 'internal', message = code, retry_after: retryAfter }) {
-  return new RefusedError(code, message, retryAfter);
+function errorFrom({ code = 'internal', message = code, retry_after: retryAfter, seq }) {
+  return new RefusedError(code, message, retryAfter, seq);
 }
 
 /** Handle the rejection of any request: with its own error type, or an `error` with its id. @param {Core} core @param {any} object */
 function refused(core, object) {
-  const { publishes, requests, subscriptions } = core;
+  const { publishes, requests, subscriptions, memberships } = core;
   const reason = errorFrom(object);
   const { id } = object;
   // An unknown id is of a request that is already settled.
   if (id === undefined) core.emit('error', reason);
-  else publishes.refused(id, reason) || requests.answered(id, reason) || subscriptions.refused(id, reason);
+  else publishes.refused(id, reason) || requests.answered(id, reason) || subscriptions.refused(id, reason) || memberships.refused(id, reason);
 }
 
 /** @param {any} object @param {IncomingStream} incoming */
@@ -62,5 +62,13 @@ export const HANDLERS = {
     updateHead(object, incoming);
     core.subscriptions.gap(object, incoming);
   },
+  retained: (core, object, incoming) => core.subscriptions.feed(object, incoming),
+  presence: (core, object, incoming) => core.subscriptions.feed(object, incoming),
+  members: (core, object, incoming) => {
+    if (object.pattern === undefined) core.requests.answered(object.id, undefined, object);
+    else core.subscriptions.feed(object, incoming);
+  },
+  joined: (core, { id }) => core.memberships.joined(id),
+  left: (core, object, { connection }) => core.memberships.left(object, connection),
   goaway: (core, object, incoming) => core.leaving(incoming.connection, object),
 };

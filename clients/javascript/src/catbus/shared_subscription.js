@@ -13,11 +13,13 @@ import { RefusedError, RETRYABLE } from './errors.js';
 
 /** The pause before a request is sent again, in milliseconds. */
 export const RETRY_PAUSE = 500;
+export const MAX_RETRY_PAUSE = 10_000;
 
 /**
- * The notifications of a subscriber: `started`, `message`, `gap`, `live`, `ended`.
+ * The notifications of a subscriber: `started`, `message`, `gap`, `live`, `ended`; of a feed also `snapshot`, its whole state,
+ * and `change`, that of a member.
  *
- * @typedef {'started' | 'message' | 'gap' | 'live' | 'ended'} What
+ * @typedef {'started' | 'message' | 'gap' | 'live' | 'ended' | 'snapshot' | 'change'} What
  *
  * @typedef {object} Notifier
  * @property {(subscriber: Subscriber, what: What, value: any) => void} notify
@@ -26,13 +28,23 @@ export const RETRY_PAUSE = 500;
  * @typedef {import('./in_flight_publishes.js').Host & Notifier & {requests: import('./in_flight_requests.js').InFlightRequests}} Host
  */
 
+/**
+ * @typedef {object} Request
+ * @property {number} id
+ * @property {Connection} connection
+ * @property {number} at when it was sent
+ * @property {number | undefined} since
+ * @property {string | undefined} epoch
+ * @property {boolean} retained whether it requested the retained messages
+ */
+
 /** One subscription at the broker. It outlives its connections. */
 export class SharedSubscription {
   /** @type {Set<Subscriber>} */
   subscribers = new Set();
   /** The stream on which it arrives. @type {IncomingStream | undefined} */
   incoming;
-  /** The newest `subscribe`, while it has no reply. @type {{id: number, connection: Connection, at: number, since: number | undefined, epoch: string | undefined} | undefined} */
+  /** The newest `subscribe`, while it has no reply. @type {Request | undefined} */
   request;
   /** The ids of each `subscribe` for which the broker may hold it: accepted, or without a reply. @type {Set<number>} */
   heldIds = new Set();
@@ -54,22 +66,45 @@ export class SharedSubscription {
   }
 
   /**
-   * The broker has accepted the request for what follows `since` of `epoch`, at `seq` of the epoch of a stream.
+   * The broker has accepted a request, on a stream. Returns what its subscribers can follow.
    *
-   * @param {{id: number, seq: number}} reply @param {IncomingStream} incoming
-   * @param {number | undefined} since @param {string | undefined} epoch
+   * @param {{id: number, seq: number}} reply @param {IncomingStream} incoming @param {Request} request
+   * @returns {import('./subscriber.js').Accepted}
    */
-  accept({ id, seq }, incoming, since, epoch) {
+  accept({ id, seq }, incoming, { since, epoch, retained }) {
+    // With `retained` the broker continues where the subscription is. A stream of its own may still bring what is before.
+    const continued = retained && since === undefined && this.incoming === incoming && !incoming.own;
     this.request = undefined;
     this.heldIds = new Set([id]);
     this.tries = 0;
     this.incoming = incoming;
     if (incoming.own) incoming.subscription = this;
-    this.live = since === undefined;
-    this.crossing = !this.live && epoch !== incoming.epoch;
+    this.live = since === undefined && !retained;
+    this.crossing = since !== undefined && epoch !== incoming.epoch;
     this.seq = since ?? seq;
     // A lagging replica sends from `since` on, not from its own position.
     this.head = this.crossing ? seq : Math.max(seq, this.seq);
+    return { since, epoch, seq, present: incoming.epoch, continued };
+  }
+
+  /** Announce a gap to the subscribers that miss something by it. @param {any} reply @param {Notifier} host */
+  gap(reply, host) {
+    const { pattern, epoch, reason, to } = reply;
+    this.seq = this.head = to;
+    for (const subscriber of this.active) {
+      const missing = subscriber.gapFor(reply);
+      if (!missing) continue;
+      const gap = { pattern, ...missing, epoch, reason };
+      notify(host, subscriber, 'gap', gap);
+      host.emit('gap', gap);
+    }
+  }
+
+  /** A part of a snapshot, or a change of members. @param {any} object @param {Notifier} host */
+  feed(object, host) {
+    for (const subscriber of this.active) {
+      for (const [what, value] of subscriber.receive(object)) host.notify(subscriber, what, value);
+    }
   }
 
   /** The subscribers that receive its messages. */
@@ -79,6 +114,11 @@ export class SharedSubscription {
 
   get attached() {
     return [...this.subscribers].filter((subscriber) => subscriber.attached);
+  }
+
+  /** The snapshots that its subscribers need. @returns {{retained?: true, presence?: true}} */
+  get needs() {
+    return Object.assign({}, ...this.attached.map(({ needs }) => needs));
   }
 
   /**
@@ -93,16 +133,19 @@ export class SharedSubscription {
     const { attached } = this;
     const placed = attached.filter(({ cursor }) => cursor !== undefined);
     for (const subscriber of placed) if (!subscriber.epoch && connection.epoch) subscriber.epoch = connection.epoch;
+    const here = this.incoming?.connection === connection;
     const waiting = placed.find(({ phase }) => phase === 'requested');
     const heard = placed.find(({ phase }) => phase === 'active');
-    const caughtUp = this.incoming?.connection === connection && this.live;
-    const first = caughtUp ? waiting ?? heard : heard ?? waiting;
-    if (!first) return { since: undefined, epoch: undefined };
+    const first = here && this.live ? waiting ?? heard : heard ?? waiting;
+    // A snapshot comes without `since` only. The broker then continues where the subscription is.
+    const snapshot = here && !waiting && attached.some(({ needsSnapshot }) => needsSnapshot);
+    if (!first || snapshot) return { since: undefined, epoch: undefined };
     const { epoch } = first;
     const together = epoch === connection.epoch ? placed.filter((subscriber) => subscriber.epoch === epoch) : [first];
     const since = Math.min(...together.map(({ cursor }) => Number(cursor)));
-    // A new subscriber cannot start at a cursor that the log has not reached.
-    return { since: since > connection.head && placed.length < attached.length ? undefined : since, epoch };
+    // A new subscriber, or a snapshot, cannot start at a cursor that the log has not reached.
+    const starting = attached.some(({ started, cursor, needsSnapshot }) => needsSnapshot || (!started && cursor === undefined));
+    return { since: since > connection.head && starting ? undefined : since, epoch };
   }
 }
 

@@ -8,6 +8,17 @@
 /** @typedef {{since?: number | undefined, epoch?: string | undefined, last?: number | undefined}} Start */
 
 /**
+ * An accepted `subscribe`.
+ *
+ * @typedef {object} Accepted
+ * @property {number | undefined} since the position that it named
+ * @property {string | undefined} epoch the epoch of `since`
+ * @property {number} seq where it begins without `since`
+ * @property {string} present the epoch of the log
+ * @property {boolean} continued whether it continues, on the same stream, where the one before has ended
+ */
+
+/**
  * One handler of a pattern. Several share one subscription at the broker; each drops what is not above its own cursor.
  *
  * Phases: `requested` (a `subscribe` from its cursor has no reply), `active` (it receives the messages),
@@ -52,15 +63,28 @@ export class Subscriber {
     return this.phase === 'requested' || this.phase === 'active';
   }
 
+  /** The snapshots that it needs, if it is a feed. @returns {{retained?: true, presence?: true} | undefined} */
+  get needs() {
+    return undefined;
+  }
+
+  /** Whether only a `subscribe` without `since` helps it. */
+  get needsSnapshot() {
+    return false;
+  }
+
   /**
-   * Whether a subscription covers it that was requested after `since` of `epoch`, and is now in the epoch
-   * `present`. If the epochs differ, the gap that the broker reported is right for exactly that cursor.
+   * Follow an accepted `subscribe`. Returns whether it covers this subscriber.
    *
-   * @param {number} since @param {string | undefined} epoch @param {string} present
+   * If `since` is of another epoch, the gap that the broker reports is right for exactly that cursor.
+   *
+   * @param {Accepted} accepted @returns {boolean}
    */
-  isCovered(since, epoch, present) {
-    const cursor = Number(this.cursor);
-    return this.epoch === epoch && (epoch === present ? cursor >= since : cursor === since);
+  follow({ since, epoch, seq, present, continued }) {
+    if (this.cursor === undefined) return since === undefined || epoch === present;
+    if (continued && this.phase === 'active') this.moveTo(seq, present);
+    const [from, of] = since === undefined ? [seq, present] : [since, epoch];
+    return this.epoch === of && (of === present ? this.cursor >= from : this.cursor === from);
   }
 
   /** Activate it: the broker has accepted its `subscribe`, at `seq` of `epoch`. @param {number} seq @param {string} epoch */
@@ -76,9 +100,10 @@ export class Subscriber {
    *
    * A message with no gap before it shows that the seqs of both epochs agree up to there.
    *
-   * @param {number} seq @param {string} epoch
+   * @param {number} seq @param {string} epoch @param {any} [message]
    */
-  isNew(seq, epoch) {
+  isNew(seq, epoch, message) {
+    void message;
     if (seq <= /** @type {number} */ (this.cursor)) return false;
     this.cursor = seq;
     this.epoch = epoch;
@@ -102,5 +127,15 @@ export class Subscriber {
     const first = same ? Math.max(from, Number(this.cursor) + 1) : from;
     this.moveTo(to, epoch);
     return { from: first, to };
+  }
+
+  /**
+   * Take a part of a snapshot, or a change of members. Returns its notifications.
+   *
+   * @param {any} object @returns {[import('./shared_subscription.js').What, any][]}
+   */
+  receive(object) {
+    void object;
+    return [];
   }
 }

@@ -182,26 +182,35 @@ function subscriptionOf(entry) {
   };
 }
 
-/** The subscription object from the start. Awaiting it waits until the broker has accepted the subscription. @param {SubscriptionEntry} entry */
+/** The subscription object from the start. @param {SubscriptionEntry} entry @returns {import('./types.js').SubscriptionHandle} */
 export function handleOf(entry) {
-  const ready = () => {
+  return awaitable(subscriptionOf(entry), () => {
     entry.observed = true;
     return entry.ready;
-  };
-  /** @type {PromiseLike<Subscription> & Record<string, any>} */
+  });
+}
+
+/**
+ * An object that can be awaited: that waits until the broker has accepted it.
+ *
+ * @template {object} T @param {T} object @param {() => Promise<T>} ready @returns {import('./types.js').Awaitable<T>}
+ */
+export function awaitable(object, ready) {
+  /** @type {any} */
   const handle = {
-    __proto__: subscriptionOf(entry),
+    __proto__: object,
     get ready() {
       return ready();
     },
-    then: (onFulfilled, onRejected) => ready().then(onFulfilled, onRejected),
+    then: (/** @type {any} */ onFulfilled, /** @type {any} */ onRejected) => ready().then(onFulfilled, onRejected),
     catch: (/** @type {any} */ onRejected) => ready().catch(onRejected),
     finally: (/** @type {any} */ onFinally) => ready().finally(onFinally),
   };
-  return /** @type {import('./types.js').SubscriptionHandle} */ (handle);
+  return handle;
 }
 
 /** @param {any} message @param {string} epoch @returns {Message} */
-export function asMessage({ channel, payload, pattern, seq, at, sender }, epoch) {
-  return { channel, payload, pattern, seq, at, sender, cursor: seq === undefined ? undefined : encodeCursor(seq, epoch) };
+export function asMessage({ channel, payload, pattern, seq, at, sender, retain }, epoch) {
+  const cursor = seq === undefined ? undefined : encodeCursor(seq, epoch);
+  return { channel, payload, pattern, seq, at, sender, cursor, ...(retain && { retain }) };
 }

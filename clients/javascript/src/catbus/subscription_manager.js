@@ -10,7 +10,7 @@
  */
 
 import { ANOTHER_CLIENT, RefusedError, RETRYABLE } from './errors.js';
-import { SharedSubscription, RETRY_PAUSE, fetchHistory, notify } from './shared_subscription.js';
+import { MAX_RETRY_PAUSE, RETRY_PAUSE, SharedSubscription, fetchHistory, notify } from './shared_subscription.js';
 import { REPLY_TIMEOUT } from './in_flight_publishes.js';
 import { Subscriber } from './subscriber.js';
 
@@ -18,8 +18,6 @@ import { Subscriber } from './subscriber.js';
 /** @typedef {import('./connection.js').IncomingStream} IncomingStream */
 /** @typedef {import('./core.js').Settler} Settler */
 /** @typedef {import('./subscriber.js').Start} Start */
-
-const MAX_RETRY_PAUSE = 10_000;
 
 const ignore = () => {};
 
@@ -50,14 +48,15 @@ export class SubscriptionManager {
 
   /**
    * @param {string} pattern @param {Start & {stream?: boolean, datagrams?: boolean}} options
-   * @param {any} owner @returns {Subscriber}
+   * @param {any} owner the target of its notifications
+   * @param {new (...details: ConstructorParameters<typeof Subscriber>) => Subscriber} [Kind] @returns {Subscriber}
    */
-  add(pattern, { stream = false, datagrams = false, ...start }, owner) {
+  add(pattern, { stream = false, datagrams = false, ...start }, owner, Kind = Subscriber) {
     let subscription = this.#byPattern.get(pattern);
     if (!subscription) this.#byPattern.set(pattern, (subscription = new SharedSubscription(pattern)));
-    const subscriber = new Subscriber(subscription, start, owner);
+    const subscriber = new Kind(subscription, start, owner);
     subscription.subscribers.add(subscriber);
-    const more = (stream && !subscription.stream) || (datagrams && !subscription.datagrams);
+    const more = (stream && !subscription.stream) || (datagrams && !subscription.datagrams) || subscriber.needs !== undefined;
     subscription.stream ||= stream;
     subscription.datagrams ||= datagrams;
     const { request, incoming } = subscription;
@@ -78,8 +77,10 @@ export class SubscriptionManager {
     const { subscription } = subscriber;
     const attached = subscriber.attached;
     this.#end(subscriber, undefined);
-    if (attached && !subscription.attached.length) this.#sendUnsubscribe(subscription, settler);
-    else this.#host.settle(settler, undefined);
+    if (attached && !subscription.attached.length) return this.#sendUnsubscribe(subscription, settler);
+    // The others need less of the broker.
+    if (attached && subscriber.needs) this.#sendSubscribe(subscription);
+    this.#host.settle(settler, undefined);
   }
 
   /** Pause a subscriber. @param {Subscriber} subscriber */
@@ -136,12 +137,11 @@ export class SubscriptionManager {
   subscribed(reply, incoming) {
     const subscription = this.#takeRequest(reply.id);
     if (!subscription?.request) return;
-    const { since, epoch } = subscription.request;
     const moved = subscription.incoming?.connection !== incoming.connection;
-    subscription.accept(reply, incoming, since, epoch);
+    const accepted = subscription.accept(reply, incoming, subscription.request);
     for (const subscriber of subscription.attached) {
       const fresh = subscriber.phase === 'requested';
-      if (subscriber.cursor === undefined ? !subscription.crossing : subscriber.isCovered(since ?? reply.seq, since === undefined ? incoming.epoch : epoch, incoming.epoch)) {
+      if (subscriber.follow(accepted)) {
         if (moved || fresh) subscriber.live = false;
         this.#start(subscriber, subscription.head, incoming.epoch, incoming.connection);
         if (subscription.live) this.#becomeLive(subscriber);
@@ -221,7 +221,7 @@ export class SubscriptionManager {
     if (subscription.incoming !== incoming) return;
     subscription.seq = seq;
     for (const subscriber of subscription.active) {
-      if (subscriber.isNew(seq, incoming.epoch)) notify(this.#host, subscriber, 'message', { message, epoch: incoming.epoch });
+      if (subscriber.isNew(seq, incoming.epoch, message)) notify(this.#host, subscriber, 'message', { message, epoch: incoming.epoch });
     }
   }
 
@@ -232,6 +232,7 @@ export class SubscriptionManager {
     subscription.live = true;
     subscription.crossing = false;
     subscription.seq = reply.seq;
+    subscription.feed(reply, this.#host);
     for (const subscriber of subscription.active) {
       subscriber.moveTo(reply.seq, incoming.epoch);
       this.#becomeLive(subscriber);
@@ -250,17 +251,12 @@ export class SubscriptionManager {
 
   /** @param {any} reply @param {IncomingStream} incoming */
   gap(reply, incoming) {
-    const subscription = this.#route(reply.pattern, incoming);
-    if (!subscription) return;
-    const { pattern, epoch, reason } = reply;
-    subscription.seq = subscription.head = reply.to;
-    for (const subscriber of subscription.active) {
-      const missing = subscriber.gapFor(reply);
-      if (!missing) continue;
-      const gap = { pattern, ...missing, epoch, reason };
-      notify(this.#host, subscriber, 'gap', gap);
-      this.#host.emit('gap', gap);
-    }
+    this.#route(reply.pattern, incoming)?.gap(reply, this.#host);
+  }
+
+  /** A part of a snapshot, or a change of members. @param {any} object @param {IncomingStream} incoming */
+  feed(object, incoming) {
+    this.#route(object.pattern, incoming)?.feed(object, this.#host);
   }
 
   // Helpers
@@ -284,7 +280,8 @@ export class SubscriptionManager {
     const id = this.#host.nextId();
     if (subscription.request) this.#requests.delete(subscription.request.id);
     subscription.heldIds.add(id);
-    subscription.request = { id, connection: connection, at: this.#host.timers.now, since, epoch };
+    const { needs } = subscription;
+    subscription.request = { id, connection, at: this.#host.timers.now, since, epoch, retained: needs.retained === true };
     this.#requests.set(id, subscription);
     connection.send({
       type: 'subscribe',
@@ -292,6 +289,7 @@ export class SubscriptionManager {
       ...(since !== undefined && { since, epoch }),
       ...(subscription.stream && { stream: true }),
       ...(subscription.datagrams && { datagrams: true }),
+      ...needs,
       id,
     });
   }

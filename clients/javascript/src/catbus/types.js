@@ -86,6 +86,7 @@
  * @property {number | undefined} at When it was committed, in milliseconds since 1970, by the log's clock.
  * @property {string | undefined} sender The `client_id` of the publisher, if it has one.
  * @property {string | undefined} cursor The position after it, as opaque text for `since`. An ephemeral message has none.
+ * @property {true | undefined} [retain] Whether it became the retained message of its channel, or removed that.
  */
 
 /**
@@ -131,13 +132,134 @@
  */
 
 /**
+ * An object from its start. Awaiting it, or `ready`, waits until the broker has accepted it.
+ *
+ * @template T
+ * @typedef {T & PromiseLike<T> & {
+ *   ready: Promise<T>,
+ *   catch: Promise<T>['catch'],
+ *   finally: Promise<T>['finally'],
+ * }} Awaitable
+ */
+
+/**
  * A subscription from its start. Awaiting it, or `ready`, waits until the broker has accepted it.
  *
- * @typedef {Subscription & PromiseLike<Subscription> & {
- *   ready: Promise<Subscription>,
- *   catch: Promise<Subscription>['catch'],
- *   finally: Promise<Subscription>['finally'],
- * }} SubscriptionHandle
+ * @typedef {Awaitable<Subscription>} SubscriptionHandle
+ */
+
+/**
+ * How to publish.
+ *
+ * @typedef {object} PublishOptions
+ * @property {boolean | undefined} [ephemeral] Whether it is delivered to present subscriptions only, without the log.
+ * @property {boolean | undefined} [echo] false: it is not delivered to this client.
+ * @property {boolean | undefined} [retain] Whether it becomes the retained message of its channel. The payload `null`
+ *   removes that.
+ * @property {number | undefined} [expect] With `retain`: publish only if this is the seq of the channel's retained message,
+ *   0 for none. Otherwise it is rejected with the code `conflict`, and the present `seq`.
+ */
+
+/**
+ * The retained message of a channel.
+ *
+ * @template [T=any]
+ * @typedef {object} RetainedMessage
+ * @property {T} payload Its payload.
+ * @property {number} seq Its seq, for `expect`.
+ * @property {number} at When it was committed, in milliseconds since 1970, by the log's clock.
+ * @property {string | undefined} sender The `client_id` of the publisher, if it has one.
+ */
+
+/**
+ * A change of the retained message of a channel.
+ *
+ * @template [T=any]
+ * @typedef {object} RetainedChange
+ * @property {string} channel The channel.
+ * @property {RetainedMessage<T> | undefined} message Its retained message now; undefined if it has none.
+ * @property {RetainedMessage<T> | undefined} previous The one before.
+ */
+
+/**
+ * The end of a live map, or of a membership.
+ *
+ * @typedef {object} LiveOptions
+ * @property {AbortSignalLike | undefined} [signal] Ends it, as `close()` or `leave()` does.
+ * @property {((error: Error) => void) | undefined} [onEnd] Called once if it ends otherwise, with the reason.
+ */
+
+/** @typedef {LiveOptions} JoinOptions */
+
+/**
+ * A map by channel that follows the broker, as long as it is open.
+ *
+ * @template V, C
+ * @typedef {ReadonlyMap<string, V> & {
+ *   pattern: string,
+ *   onChange(listener: (change: C) => void): () => void,
+ *   close(): Promise<void>,
+ * }} LiveMapOf
+ */
+
+/**
+ * The retained messages of a pattern.
+ *
+ * @template [T=any]
+ * @typedef {LiveMapOf<RetainedMessage<T>, RetainedChange<T>>} RetainedMap
+ */
+
+/**
+ * A member of a channel: all sessions of one `client_id`, or one session without one.
+ *
+ * @template [I=any]
+ * @typedef {object} Member
+ * @property {string} channel The channel.
+ * @property {string | undefined} clientId Its client_id, if it has one.
+ * @property {string | undefined} session Otherwise: an opaque name of its session.
+ * @property {number} sessions How many of its sessions are in the channel.
+ * @property {I | undefined} info The info of the newest of them that has one.
+ */
+
+/**
+ * A change of the members of a channel.
+ *
+ * @template [I=any]
+ * @typedef {object} PresenceChange
+ * @property {'join' | 'update' | 'leave'} action `update`: another `info` or number of sessions.
+ * @property {string} channel The channel.
+ * @property {Member<I>} member The member; after `leave`, as it was before.
+ */
+
+/**
+ * The members of each channel of a pattern that has any.
+ *
+ * @template [I=any]
+ * @typedef {LiveMapOf<readonly Member<I>[], PresenceChange<I>>} PresenceMap
+ */
+
+/**
+ * A page of members.
+ *
+ * @template [I=any]
+ * @typedef {object} MembersPage
+ * @property {Member<I>[]} members In the order of their channels.
+ * @property {string | undefined} next `after` of the next page; undefined: there is none.
+ */
+
+/**
+ * A membership in a channel. It is restored on each connection until `leave()`.
+ *
+ * @typedef {object} Membership
+ * @property {string} channel The channel.
+ * @property {(info?: unknown) => Promise<void>} update Replace the info. Resolves when the broker has accepted it.
+ * @property {() => Promise<void>} leave End it. Resolves when the broker has replied.
+ */
+
+/**
+ * A membership from its start. Awaiting it, or `ready`, waits until the broker has accepted it.
+ *
+ * @typedef {Awaitable<Membership>} MembershipHandle
  */
 
 /**
