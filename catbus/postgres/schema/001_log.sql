@@ -1,17 +1,19 @@
 -- The tables of the message log.
 --
 -- The files of this directory are applied once each, in the order of their numbers, under an advisory lock. No file
--- begins or ends a transaction. `schema_version` holds the number of the newest file that was applied.
+-- begins or ends a transaction. `schema_version` holds the number of the newest file that was applied. A file that was
+-- released does not change, but for its comments.
 --
 -- The functions get their settings (search path, planner) in the last file.
 
 CREATE SCHEMA IF NOT EXISTS catbus;
 REVOKE ALL ON SCHEMA catbus FROM PUBLIC;
 
-CREATE TABLE catbus.schema_version (version integer NOT NULL);
+CREATE TABLE catbus.schema_version (version integer NOT NULL, digest text NOT NULL);
 CREATE UNIQUE INDEX schema_version_one_row ON catbus.schema_version ((true));
-INSERT INTO catbus.schema_version VALUES (0);
+INSERT INTO catbus.schema_version VALUES (0, '');
 COMMENT ON TABLE catbus.schema_version IS 'One row: the number of the newest file of the schema that was applied';
+COMMENT ON COLUMN catbus.schema_version.digest IS 'A digest of all applied files, which tells other builds apart';
 
 -- The cluster and the timeline of this database. Fails on a standby.
 --
@@ -68,7 +70,8 @@ CREATE TABLE catbus.entries (
     payload  text     NOT NULL,
     producer bytea    NOT NULL,
     sender   text,
-    origin   bytea
+    origin   bytea,
+    retain   boolean
 ) PARTITION BY LIST (slot);
 COMMENT ON TABLE catbus.entries IS 'The log. Only catbus.append and catbus.move_outbox write to it';
 COMMENT ON COLUMN catbus.entries.at IS 'The time of the append, in milliseconds since 1970';
@@ -76,6 +79,7 @@ COMMENT ON COLUMN catbus.entries.number IS 'With producer, the key that identifi
 COMMENT ON COLUMN catbus.entries.payload IS 'JSON, as the client wrote it';
 COMMENT ON COLUMN catbus.entries.sender IS 'The client_id of the publisher';
 COMMENT ON COLUMN catbus.entries.origin IS 'The producer that does not want to receive the message';
+COMMENT ON COLUMN catbus.entries.retain IS 'True if it was published with `retain`; otherwise null';
 
 -- Compression would take place under the lock of the head row, and take longer there than the writing that it saves.
 ALTER TABLE catbus.entries ALTER COLUMN payload SET STORAGE EXTERNAL;

@@ -1,10 +1,10 @@
 -- The position of the log, and what a replica polls. The functions of this file change nothing.
 
--- The head and the floor. It is cheap, takes no lock, and is called all the time.
+-- The head and the floor, for the replicas and for other functions. It is cheap, and is called all the time.
 --
 -- head   the newest committed seq
 -- floor  the oldest seq that still exists; head + 1 when the log is empty
-CREATE FUNCTION catbus.position() RETURNS TABLE (epoch text, head bigint, floor bigint)
+CREATE FUNCTION catbus.log_position() RETURNS TABLE (epoch text, head bigint, floor bigint)
 LANGUAGE plpgsql
 AS $$
 DECLARE
@@ -17,6 +17,27 @@ BEGIN
     RETURN QUERY SELECT h.epoch, greatest(newest, h.floor - 1), h.floor FROM catbus.head AS h;
 END
 $$;
+
+-- catbus.log_position(), for the transactions of others. It leaves no lock behind.
+--
+-- A role with EXECUTE calls it before it reads tables of its own. What it then reads has all that was published up to the
+-- head, and a subscription from the head on gets the rest. A later call would tell of changes that the tables did not show.
+CREATE FUNCTION catbus.position() RETURNS TABLE (epoch text, head bigint, floor bigint)
+LANGUAGE plpgsql SECURITY DEFINER
+AS $$
+BEGIN
+    -- The locks on the tables of the log end with the inner block, by RAISE, and variables outlive it. Otherwise retention
+    -- would wait for the end of the caller's transaction.
+    BEGIN
+        SELECT p.epoch, p.head, p.floor INTO STRICT epoch, head, floor FROM catbus.log_position() AS p;
+        RAISE EXCEPTION USING ERRCODE = 'CB099';
+    EXCEPTION WHEN SQLSTATE 'CB099' THEN
+        NULL;
+    END;
+    RETURN NEXT;
+END
+$$;
+COMMENT ON FUNCTION catbus.position IS 'The position of the log, to be read before tables whose changes are then followed';
 
 -- The fingerprint of an entry, which identifies it without showing it: a hash, and the time. Of an erased entry, whose
 -- contents are gone, it is the time alone. Null for an entry that does not exist. A notification loses white space
@@ -36,7 +57,7 @@ BEGIN
 END
 $$;
 
--- catbus.position(), and what shows whether this is the log that a replica knows that has applied `seq`. It is cheap,
+-- catbus.log_position(), and what shows whether this is the log that a replica knows that has applied `seq`. It is cheap,
 -- takes no lock, and is called all the time.
 --
 -- fingerprint             of the entry `seq`
@@ -60,7 +81,7 @@ BEGIN
     SELECT max(e.erasure) INTO STRICT erasure FROM catbus.erasures AS e;
     -- Before the floor is read: if retention removes the entry in between, the floor shows it.
     fingerprint := catbus.fingerprint(poll.seq);
-    SELECT p.epoch, p.head, p.floor INTO epoch, head, floor FROM catbus.position() AS p;
+    SELECT p.epoch, p.head, p.floor INTO epoch, head, floor FROM catbus.log_position() AS p;
     SELECT md5(string_agg(c.id::text, ' ' ORDER BY c.id)) INTO role_version FROM catbus.role_changes AS c;
     SELECT md5(string_agg(c.id::text, ' ' ORDER BY c.id)) INTO revocation_version FROM catbus.revocation_changes AS c;
     SELECT max(d.change) INTO deleted_ranges_version FROM catbus.deleted_ranges AS d;
@@ -82,4 +103,4 @@ BEGIN
 END
 $$;
 
-REVOKE ALL ON FUNCTION catbus.position, catbus.fingerprint, catbus.poll, catbus.is_same_server FROM PUBLIC;
+REVOKE ALL ON FUNCTION catbus.log_position, catbus.position, catbus.fingerprint, catbus.poll, catbus.is_same_server FROM PUBLIC;

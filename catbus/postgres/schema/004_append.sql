@@ -5,10 +5,17 @@
 --
 -- `enclosed` is the encrypted text of all entries. It is sent with the notification if all entries are new.
 --
+-- retains and expects are null if no entry is retained. An entry with retains[i] becomes the retained message of its
+-- channel, and removes that with the payload null. expects[i] is null, or the seq that the retained message must have, as
+-- the entries before this one leave it; 0 for none.
+--
 -- seqs[i]  the entry's seq; below `first` when an earlier call has appended it already, even if it was erased since
 --          0   the key exists, with another channel or payload: nothing was appended for it
 --          -1  retention or a deletion has passed afters[i], so nothing shows whether the key existed: nothing was
 --              appended for it
+--          -2  the channel's retained message is not the expected one: nothing was appended for it
+--          -3  the retained messages are over their budget: nothing was appended for it
+-- present  present[i] is the seq of the retained message, 0 for none, if seqs[i] is -2. Null if no entry is retained
 -- first    the first seq that was free for this call
 -- at       the time of the new entries
 --
@@ -23,8 +30,10 @@ CREATE FUNCTION catbus.append(
     senders   text[],
     origins   bytea[],
     afters    bigint[],
-    enclosed  text DEFAULT NULL
-) RETURNS TABLE (at bigint, first bigint, seqs bigint[])
+    enclosed  text DEFAULT NULL,
+    retains   boolean[] DEFAULT NULL,
+    expects   bigint[] DEFAULT NULL
+) RETURNS TABLE (at bigint, first bigint, seqs bigint[], present bigint[])
 LANGUAGE plpgsql
 AS $$
 DECLARE
@@ -95,12 +104,21 @@ BEGIN
         ) AS entry;
     END IF;
 
+    IF retains IS NOT NULL THEN
+        SELECT d.seqs, d.present, d.added INTO seqs, present, added
+        FROM catbus.decide_retained(channels, payloads, producers, numbers, retains, expects, first, seqs) AS d;
+    END IF;
+
     IF added > 0 THEN
-        INSERT INTO catbus.entries (slot, seq, at, channel, payload, producer, number, sender, origin)
-        SELECT head.slot, new.seq, append.at, new.channel, new.payload, new.producer, new.number, new.sender, new.origin
-        FROM unnest(seqs, channels, payloads, producers, numbers, senders, origins)
-             AS new (seq, channel, payload, producer, number, sender, origin)
+        INSERT INTO catbus.entries (slot, seq, at, channel, payload, producer, number, sender, origin, retain)
+        SELECT head.slot, new.seq, append.at, new.channel, new.payload, new.producer, new.number, new.sender, new.origin,
+               new.retain
+        FROM unnest(seqs, channels, payloads, producers, numbers, senders, origins, retains)
+             AS new (seq, channel, payload, producer, number, sender, origin, retain)
         WHERE new.seq >= first;
+        IF retains IS NOT NULL THEN
+            PERFORM catbus.replace_retained(head.slot, first);
+        END IF;
 
         PERFORM catbus.notify(
             'catbus',
@@ -131,7 +149,7 @@ $$;
 -- channels, payloads, senders   the text of all entries, one line each; E'\x01' for a sender that is null
 -- producers, afters             the value that all entries share
 --
--- numbers are separated by commas; origins are null if all of them are.
+-- numbers are separated by commas; origins, retains and expects are null if all of them are.
 CREATE FUNCTION catbus.append_packed(
     synchronous_commit text,
     epoch     text,
@@ -142,9 +160,11 @@ CREATE FUNCTION catbus.append_packed(
     numbers   text,
     origins   bytea[],
     afters    bigint[],
+    retains   boolean[],
+    expects   bigint[],
     enclosed  text,
     length    integer
-) RETURNS TABLE (at bigint, first bigint, seqs bigint[])
+) RETURNS TABLE (at bigint, first bigint, seqs bigint[], present bigint[])
 LANGUAGE plpgsql
 AS $$
 BEGIN
@@ -161,10 +181,11 @@ BEGIN
             afters := array_fill(afters[1], ARRAY[length]);
         END IF;
     END IF;
-    SELECT a.at, a.first, a.seqs INTO STRICT at, first, seqs
+    SELECT a.at, a.first, a.seqs, a.present INTO STRICT at, first, seqs, present
     FROM catbus.append(
         synchronous_commit, epoch, channels, payloads, producers, string_to_array(numbers, ',')::bigint[], senders,
-        coalesce(origins, array_fill(NULL::bytea, ARRAY[length])), afters, enclosed
+        coalesce(origins, array_fill(NULL::bytea, ARRAY[length])), afters, enclosed, retains,
+        expects
     ) AS a;
     RETURN NEXT;
 END
@@ -192,6 +213,8 @@ CREATE PROCEDURE catbus.append_transaction(
     numbers   text,
     origins   bytea[],
     afters    bigint[],
+    retains   boolean[],
+    expects   bigint[],
     enclosed  text,
     length    integer,
     server    timestamptz,
@@ -199,6 +222,7 @@ CREATE PROCEDURE catbus.append_transaction(
     OUT at    bigint,
     OUT first bigint,
     OUT seqs  bigint[],
+    OUT present bigint[],
     OUT moved bigint,
     OUT last  bigint,
     OUT more  boolean
@@ -209,10 +233,10 @@ BEGIN
     ROLLBACK;
     SET TRANSACTION ISOLATION LEVEL READ COMMITTED, READ WRITE;
     IF catbus.is_same_server(server) THEN
-        SELECT a.at, a.first, a.seqs INTO at, first, seqs
+        SELECT a.at, a.first, a.seqs, a.present INTO at, first, seqs, present
         FROM catbus.append_packed(
-            synchronous_commit, epoch, channels, payloads, senders, producers, numbers, origins, afters, enclosed,
-            length) AS a;
+            synchronous_commit, epoch, channels, payloads, senders, producers, numbers, origins, afters, retains,
+            expects, enclosed, length) AS a;
         IF move THEN
             SELECT m.moved, m.last, m.more INTO moved, last, more
             FROM catbus.move_outbox(synchronous_commit, epoch, at) AS m;

@@ -73,6 +73,7 @@ CREATE TABLE catbus.outbox_0 (
     id      bigint NOT NULL PRIMARY KEY DEFAULT nextval('catbus.outbox_id'),
     channel text   COLLATE "C" NOT NULL,
     payload text   NOT NULL,
+    retain  boolean,
     CHECK (catbus.check_message(channel, payload))
 );
 -- As in catbus.entries.
@@ -81,16 +82,36 @@ CREATE TABLE catbus.outbox_1 (LIKE catbus.outbox_0 INCLUDING ALL);
 COMMENT ON TABLE catbus.outbox_0 IS 'Messages that were published from SQL and are not in the log yet';
 COMMENT ON TABLE catbus.outbox_1 IS 'Messages that were published from SQL and are not in the log yet';
 
+-- Put a message into the outbox.
+CREATE FUNCTION catbus.enqueue(channel text, payload text, retain boolean) RETURNS void
+LANGUAGE plpgsql
+AS $$
+DECLARE
+    active bigint;
+BEGIN
+    SELECT s.last_value INTO active FROM catbus.outbox_active AS s;
+    IF active = 0 THEN
+        INSERT INTO catbus.outbox_0 (channel, payload, retain)
+        VALUES (enqueue.channel, enqueue.payload, nullif(enqueue.retain, false));
+    ELSE
+        INSERT INTO catbus.outbox_1 (channel, payload, retain)
+        VALUES (enqueue.channel, enqueue.payload, nullif(enqueue.retain, false));
+    END IF;
+END
+$$;
+
 -- Publish a message when the transaction commits, and never if it does not.
+--
+-- With `retain` it becomes the retained message of its channel, and removes that with the payload null. While the retained
+-- messages are over their budget, only removing is possible.
 --
 -- One function serves all types, so that one GRANT is enough. It runs with its owner's rights, and therefore converts
 -- built-in types only: the cast of another type may be a function that somebody else has made.
-CREATE FUNCTION catbus.publish(channel text, payload anycompatible) RETURNS void
+CREATE FUNCTION catbus.publish(channel text, payload anycompatible, retain boolean DEFAULT false) RETURNS void
 LANGUAGE plpgsql SECURITY DEFINER
 AS $$
 DECLARE
     written text COLLATE "C";
-    active  bigint;
 BEGIN
     IF pg_typeof(payload) NOT IN ('text'::regtype, 'varchar'::regtype, 'json'::regtype, 'jsonb'::regtype) THEN
         RAISE EXCEPTION 'a payload is of type text, json or jsonb, not %', pg_typeof(payload)
@@ -108,12 +129,11 @@ BEGIN
         PERFORM catbus.check_message(channel, written);
         written := translate(written, E'\r\n', '  ');
     END IF;
-    SELECT s.last_value INTO active FROM catbus.outbox_active AS s;
-    IF active = 0 THEN
-        INSERT INTO catbus.outbox_0 (channel, payload) VALUES (publish.channel, written);
-    ELSE
-        INSERT INTO catbus.outbox_1 (channel, payload) VALUES (publish.channel, written);
+    IF retain AND written <> 'null' AND catbus.retained_full() THEN
+        RAISE EXCEPTION 'the retained messages have no space left'
+            USING ERRCODE = 'configuration_limit_exceeded', HINT = 'Remove some: publish the JSON text null to their channels.';
     END IF;
+    PERFORM catbus.enqueue(channel, written, retain);
 END
 $$;
 COMMENT ON FUNCTION catbus.publish IS 'Publishes JSON (text, json or jsonb) to a channel when the transaction commits';
@@ -152,6 +172,7 @@ DECLARE
     first bigint;
     at    bigint;
     bound bigint;
+    some_retained boolean;
 BEGIN
     IF current_setting('transaction_isolation') <> 'read committed' THEN
         RAISE EXCEPTION 'catbus.move_outbox needs the isolation level "read committed"' USING ERRCODE = '25001';
@@ -173,14 +194,15 @@ BEGIN
     END IF;
 
     -- The first 1,000 committed messages, and of these no more than 4 MiB.
-    SELECT max(waiting.id) FILTER (WHERE waiting.fits), count(*) = 1000 OR NOT bool_and(waiting.fits)
-    INTO bound, more
+    SELECT max(waiting.id) FILTER (WHERE waiting.fits), count(*) = 1000 OR NOT bool_and(waiting.fits),
+           bool_or(waiting.retain)
+    INTO bound, more, some_retained
     FROM (
-        SELECT o.id, sum(o.size) OVER (ORDER BY o.id) - o.size < 4194304 AS fits
+        SELECT o.id, o.retain, sum(o.size) OVER (ORDER BY o.id) - o.size < 4194304 AS fits
         FROM (
-            SELECT o.id, octet_length(o.payload) AS size FROM catbus.outbox_0 AS o
+            SELECT o.id, o.retain, octet_length(o.payload) AS size FROM catbus.outbox_0 AS o
             UNION ALL
-            SELECT o.id, octet_length(o.payload) FROM catbus.outbox_1 AS o
+            SELECT o.id, o.retain, octet_length(o.payload) FROM catbus.outbox_1 AS o
             ORDER BY id LIMIT 1000
         ) AS o
     ) AS waiting;
@@ -195,18 +217,21 @@ BEGIN
 
     -- No client has a producer id of this length, and the seq makes the key unique.
     WITH taken_0 AS (
-        DELETE FROM catbus.outbox_0 AS o WHERE o.id <= bound RETURNING o.id, o.channel, o.payload
+        DELETE FROM catbus.outbox_0 AS o WHERE o.id <= bound RETURNING o.id, o.channel, o.payload, o.retain
     ), taken_1 AS (
-        DELETE FROM catbus.outbox_1 AS o WHERE o.id <= bound RETURNING o.id, o.channel, o.payload
+        DELETE FROM catbus.outbox_1 AS o WHERE o.id <= bound RETURNING o.id, o.channel, o.payload, o.retain
     )
-    INSERT INTO catbus.entries (slot, seq, at, channel, payload, producer, number)
-    SELECT head.slot, new.seq, at, new.channel, new.payload, '\x6f7574626f78', new.seq
+    INSERT INTO catbus.entries (slot, seq, at, channel, payload, producer, number, retain)
+    SELECT head.slot, new.seq, at, new.channel, new.payload, '\x6f7574626f78', new.seq, new.retain
     FROM (
-        SELECT first - 1 + row_number() OVER (ORDER BY taken.id) AS seq, taken.channel, taken.payload
+        SELECT first - 1 + row_number() OVER (ORDER BY taken.id) AS seq, taken.channel, taken.payload, taken.retain
         FROM (SELECT * FROM taken_0 UNION ALL SELECT * FROM taken_1) AS taken
     ) AS new;
     GET DIAGNOSTICS moved = ROW_COUNT;
     last := first + moved - 1;
+    IF some_retained THEN
+        PERFORM catbus.replace_retained(head.slot, first);
+    END IF;
     PERFORM catbus.notify('catbus', format('%s:%s:%s', head.epoch, first, last));
 END
 $$;
@@ -257,7 +282,7 @@ BEGIN
 END
 $$;
 
-REVOKE ALL ON FUNCTION catbus.check_message, catbus.publish, catbus.outbox_pending, catbus.move_outbox,
+REVOKE ALL ON FUNCTION catbus.check_message, catbus.enqueue, catbus.publish, catbus.outbox_pending, catbus.move_outbox,
     catbus.rotate_outbox FROM PUBLIC;
 
 -- catbus.move_outbox in a transaction of its own, if this is the server that started at `server`.

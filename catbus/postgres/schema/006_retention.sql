@@ -7,6 +7,8 @@
 -- By size, a slot is closed when it takes up an eighth of the limit. The oldest slot is emptied, whatever its age, when
 -- all slots together take up more than the limit.
 --
+-- A consumer with `hold` that has not received all of a slot keeps it from being emptied by age, and not by size.
+--
 -- `age` is in milliseconds, `size` in bytes including indexes. Tests give `now`, which replaces the clock that also
 -- sets `at`.
 
@@ -14,11 +16,12 @@
 --
 -- expired  the slot to be emptied; null for none
 -- newest   the newest seq in it
--- by_size  its entries are younger than the age, and are removed because of the size
+-- by_size  its entries are younger than the age, or a consumer holds them, and they are removed because of the size
 -- closing  the current slot is to be closed; the next one is empty, or is the expired one
 -- bytes    the size of the log
+-- held     the oldest slot is older than the age, and a consumer with `hold` has not received all of it
 CREATE FUNCTION catbus.retention_due(age bigint, size bigint, now bigint DEFAULT NULL)
-RETURNS TABLE (expired smallint, newest bigint, by_size boolean, closing boolean, bytes bigint)
+RETURNS TABLE (expired smallint, newest bigint, by_size boolean, closing boolean, bytes bigint, held boolean)
 LANGUAGE plpgsql
 AS $$
 DECLARE
@@ -37,17 +40,19 @@ BEGIN
             SELECT e.seq, e.at FROM catbus.entries AS e WHERE e.slot = n.slot ORDER BY e.seq DESC LIMIT 1
         ) AS last ON true
     ), oldest AS (
-        SELECT s.slot, s.last, s.ended > clock - retention_due.age AS young
+        SELECT s.slot, s.last,
+               s.ended > clock - retention_due.age AS young,
+               s.ended <= clock - retention_due.age AND coalesce(catbus.held_cursor() < s.last, false) AS held
         FROM slots AS s WHERE s.slot <> current AND s.first IS NOT NULL ORDER BY s.first LIMIT 1
     )
-    SELECT o.slot, o.last, o.young, whole.takes,
+    SELECT o.slot, o.last, o.young OR o.held, whole.takes, coalesce((SELECT w.held FROM oldest AS w), false),
            (c.began <= clock - retention_due.age / 7 OR c.first IS NOT NULL AND c.takes > retention_due.size / 8)
                AND (next.first IS NULL OR next.slot = o.slot)
-    INTO expired, newest, by_size, bytes, closing
+    INTO expired, newest, by_size, bytes, held, closing
     FROM (SELECT sum(s.takes)::bigint AS takes FROM slots AS s) AS whole
     JOIN slots AS c ON c.slot = current
     JOIN slots AS next ON next.slot = (current + 1) % 8
-    LEFT JOIN oldest AS o ON NOT o.young OR whole.takes > retention_due.size;
+    LEFT JOIN oldest AS o ON NOT (o.young OR o.held) OR whole.takes > retention_due.size;
     closing := coalesce(closing, false);
     RETURN NEXT;
 END

@@ -21,7 +21,7 @@ BEGIN
     SELECT h.epoch INTO STRICT epoch FROM catbus.head AS h FOR UPDATE;
     made := epoch = expected;
     IF made THEN
-        SELECT p.head INTO newest FROM catbus.position() AS p;
+        SELECT p.head INTO newest FROM catbus.log_position() AS p;
         -- A restore may have left the sequence of the ordinals behind.
         INSERT INTO catbus.epochs (epoch, ordinal, after_seq, system_identifier, timeline)
         OVERRIDING SYSTEM VALUE
@@ -46,7 +46,7 @@ AS $$
     FROM catbus.cluster_identity() AS c WHERE e.epoch = expected AND e.system_identifier = c.system_identifier
 $$;
 
--- The highest seq that any epoch, range or sequence of the database refers to. A later file that stores seqs elsewhere
+-- The highest seq that any epoch, range, retained message or sequence of the database refers to. A later file that stores seqs elsewhere
 -- replaces this function.
 CREATE FUNCTION catbus.highest_seq() RETURNS bigint
 LANGUAGE plpgsql
@@ -58,6 +58,9 @@ BEGIN
         (SELECT h.floor - 1 FROM catbus.head AS h),
         (SELECT max(e.after_seq) FROM catbus.epochs AS e),
         (SELECT max(d.last) FROM catbus.deleted_ranges AS d),
+        (SELECT max(r.seq) FROM catbus.retained AS r),
+        (SELECT max(n.cursor) FROM catbus.consumer_cursors AS n),
+        (SELECT max(r.seq) FROM catbus.rejected_messages AS r),
         (SELECT s.last_value FROM catbus.reached_seq AS s)
     ) INTO newest;
     RETURN newest;
@@ -71,7 +74,8 @@ $$;
 -- moves above all seqs that are known, so that no seq is given twice. The seqs that are not known were given within a
 -- few seconds: there are less than a million of them.
 --
--- Seqs above the head are given again, so no range above it counts as deleted any more.
+-- Seqs above the head are given again, so no range above it counts as deleted any more, and retained messages above it,
+-- which the log has lost, are deleted.
 CREATE FUNCTION catbus.prepare_head(newest bigint) RETURNS bigint
 LANGUAGE plpgsql
 AS $$
@@ -82,6 +86,7 @@ BEGIN
         newest := known + 1000000;
         UPDATE catbus.head SET floor = newest + 1;
     END IF;
+    DELETE FROM catbus.retained AS r WHERE r.seq > newest;
     LOCK TABLE catbus.deleted_ranges IN SHARE ROW EXCLUSIVE MODE;
     DELETE FROM catbus.deleted_ranges AS d WHERE d.first > newest;
     UPDATE catbus.deleted_ranges AS d SET last = newest, change = nextval('catbus.deleted_range_changes')

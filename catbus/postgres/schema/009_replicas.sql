@@ -26,7 +26,7 @@ BEGIN
     PERFORM catbus.compact_role_changes();
     PERFORM catbus.forget_revocations();
     PERFORM setval('catbus.reached_seq', p.head)
-    FROM catbus.position() AS p CROSS JOIN catbus.reached_seq AS s WHERE p.head > s.last_value;
+    FROM catbus.log_position() AS p CROSS JOIN catbus.reached_seq AS s WHERE p.head > s.last_value;
     RETURN QUERY
     SELECT r.id, extract(epoch FROM clock_timestamp() - r.last_heartbeat)::double precision, r.report,
            pg_notification_queue_usage(), (SELECT count(*) FROM catbus.roles)

@@ -21,7 +21,7 @@ COMMENT ON COLUMN catbus.erasures.erasure IS
 COMMENT ON COLUMN catbus.erasures.vacuumed IS 'The newest erasure whose old rows VACUUM has removed';
 COMMENT ON COLUMN catbus.erasures.xid IS 'The transaction of the newest erasure';
 INSERT INTO catbus.erasures (name)
-SELECT format('entries_%s', n) FROM generate_series(0, 7) AS n UNION ALL VALUES ('outbox_0'), ('outbox_1');
+SELECT format('entries_%s', n) FROM generate_series(0, 7) AS n UNION ALL VALUES ('outbox_0'), ('outbox_1'), ('retained');
 
 -- Note an erasure in these tables, which this transaction has changed, and have all replicas poll.
 CREATE FUNCTION catbus.note_erasure(changed text[]) RETURNS void
@@ -126,7 +126,7 @@ BEGIN
     END IF;
     matched := coalesce(cardinality(seqs), 0);
     IF change AND matched > 0 THEN
-        UPDATE catbus.entries AS e SET channel = '_erased', payload = 'null', sender = NULL, origin = NULL
+        UPDATE catbus.entries AS e SET channel = '_erased', payload = 'null', sender = NULL, origin = NULL, retain = NULL
         FROM unnest(seqs, slots) AS s (seq, slot) WHERE e.slot = s.slot AND e.seq = s.seq;
         PERFORM catbus.note_erasure(ARRAY(SELECT DISTINCT format('entries_%s', n) FROM unnest(slots) AS n));
     END IF;
@@ -177,6 +177,47 @@ BEGIN
 END
 $$;
 
+-- Look for retained messages up to `until` that match as in catbus.erase_batch, and with `change` delete them: their
+-- channels have none then, and earlier ones do not come back. Returns how many of them are not in the log any more.
+--
+-- An append that replaces one of them waits until the transaction ends, with the lock of the head row. So call it late in
+-- a transaction.
+CREATE FUNCTION catbus.erase_retained(pattern text, sender text, before bigint, until bigint, change boolean)
+RETURNS bigint
+LANGUAGE plpgsql
+AS $$
+DECLARE
+    bounds   record;
+    channels text[];
+    seqs     bigint[];
+    deleted  bigint;
+    sum      bigint;
+BEGIN
+    IF current_setting('transaction_isolation') <> 'read committed' THEN
+        RAISE EXCEPTION 'catbus.erase needs the isolation level "read committed"' USING ERRCODE = '25001';
+    END IF;
+    PERFORM set_config('lock_timeout', '2s', true);
+    SELECT coalesce(r.low, '') AS low, coalesce(r.high, E'\x7f') AS high, r.low IS NULL AS every INTO bounds
+    FROM catbus.pattern_range(pattern) AS r;
+    SELECT array_agg(r.channel ORDER BY r.channel), array_agg(r.seq ORDER BY r.channel),
+           count(*) FILTER (WHERE NOT EXISTS (SELECT FROM catbus.entries AS e WHERE e.seq = r.seq))
+    INTO channels, seqs, sum
+    FROM catbus.retained AS r
+    WHERE r.channel >= bounds.low AND r.channel < bounds.high AND NOT (bounds.every AND starts_with(r.channel, '_'))
+          AND coalesce(r.sender = erase_retained.sender, erase_retained.sender IS NULL)
+          AND coalesce(r.at < before, true) AND r.seq <= until;
+    IF change AND seqs IS NOT NULL THEN
+        DELETE FROM catbus.retained AS r
+        USING unnest(channels, seqs) AS found (channel, seq) WHERE r.channel = found.channel AND r.seq = found.seq;
+        GET DIAGNOSTICS deleted = ROW_COUNT;
+        IF deleted > 0 THEN
+            PERFORM catbus.note_erasure(ARRAY['retained']);
+        END IF;
+    END IF;
+    RETURN sum;
+END
+$$;
+
 -- Erase the messages that a pattern matches, that are of `sender` if it is given, and older than `before` if that is
 -- given. Returns their number. Replicas forget them within a second after the commit.
 --
@@ -195,7 +236,7 @@ BEGIN
     IF sender IS NULL AND before IS NULL THEN
         erased := catbus.erase_outbox(pattern, true);
     END IF;
-    SELECT p.head INTO newest FROM catbus.position() AS p;
+    SELECT p.head INTO newest FROM catbus.log_position() AS p;
     SELECT 0 AS scanned, 0 AS matched, '' AS channel, 0::bigint AS seq INTO batch;
     LOOP
         SELECT b.scanned, b.matched, b.channel, b.seq INTO batch
@@ -203,7 +244,8 @@ BEGIN
         EXIT WHEN batch.scanned = 0;
         erased := erased + batch.matched;
     END LOOP;
-    RETURN erased;
+    erased := erased + catbus.erase_retained(pattern, sender, limit_at, newest, true);
+    RETURN erased + catbus.erase_dead_letters(pattern, sender, limit_at, true);
 END
 $$;
 COMMENT ON FUNCTION catbus.erase IS
@@ -244,8 +286,8 @@ BEGIN
 END
 $$;
 
-REVOKE ALL ON FUNCTION catbus.note_erasure, catbus.pattern_range, catbus.erase_batch, catbus.erase_outbox, catbus.erase,
-    catbus.erased_seqs, catbus.vacuum_due FROM PUBLIC;
+REVOKE ALL ON FUNCTION catbus.note_erasure, catbus.pattern_range, catbus.erase_batch, catbus.erase_outbox,
+    catbus.erase_retained, catbus.erase, catbus.erased_seqs, catbus.vacuum_due FROM PUBLIC;
 
 -- As in 011_settings.sql.
 DO $$
@@ -253,12 +295,13 @@ DECLARE
     name text;
 BEGIN
     FOREACH name IN ARRAY ARRAY[
-        'note_erasure', 'pattern_range', 'erase_batch', 'erase_outbox', 'erase', 'erased_seqs', 'vacuum_due'
+        'note_erasure', 'pattern_range', 'erase_batch', 'erase_outbox', 'erase_retained', 'erase', 'erased_seqs',
+        'vacuum_due'
     ] LOOP
         EXECUTE format('ALTER FUNCTION catbus.%I SET search_path = pg_catalog, pg_temp
                         SET standard_conforming_strings = on', name);
     END LOOP;
-    FOREACH name IN ARRAY ARRAY['erase_batch', 'erased_seqs'] LOOP
+    FOREACH name IN ARRAY ARRAY['erase_batch', 'erase_retained', 'erased_seqs'] LOOP
         EXECUTE format('ALTER FUNCTION catbus.%I SET plan_cache_mode = force_generic_plan SET enable_seqscan = off
                         SET enable_bitmapscan = off SET enable_hashjoin = off SET enable_mergejoin = off
                         SET jit = off SET geqo = off', name);

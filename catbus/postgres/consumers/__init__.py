@@ -1,0 +1,1 @@
+"""Consumers: named positions in the log, which SQL transactions move."""
