@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import subprocess
+from pathlib import Path
 
 import pytest
 import trio
@@ -29,8 +30,14 @@ async def test_client_passes_its_own_tests_in_node(node: str) -> None:
     async with running() as (_, address):
         environment = {**os.environ, "CATBUS_URL": f"ws://{address}/ws", "CATBUS_SECRET": SECRET}
         command = [node, "--test", "--test-reporter=tap", "test/"]
-        with trio.fail_after(50):
+        with trio.fail_after(120):
             done = await trio.run_process(command, cwd=CLIENT, env=environment, capture_stdout=True, check=False)
     report = done.stdout.decode()
     assert done.returncode == 0, report
     assert "# skipped 0" in report
+
+
+def test_parts_of_the_console_that_need_no_browser(node: str) -> None:
+    command = [node, "--test", "--test-reporter=tap", str(Path(__file__).parent / "console.test.mjs")]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout
