@@ -1,6 +1,6 @@
 """A web application on Quart that embeds the broker: one process, one nursery, one login for both.
 
-    python examples/shop.py
+    python examples/embedding.py
 
 Settings of the broker come from the environment, as for `catbus run`; without a database, the log is in memory.
 """
@@ -89,7 +89,7 @@ async def wait_for_signal() -> None:
 
 async def main() -> None:
     config = catbus.load(None, os.environ)
-    web = WebConfig.from_mapping(bind=os.environ.get("SHOP_BIND", "127.0.0.1:8000"))
+    web = WebConfig.from_mapping(bind=os.environ.get("WEB_BIND", "127.0.0.1:8000"))
     async with trio.open_nursery() as nursery:
         app.extensions["catbus"] = await nursery.start(
             partial(catbus.serve, config, authenticate=authenticate, on_publish=on_publish, on_session=on_session)
