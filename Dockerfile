@@ -28,6 +28,7 @@ EXPOSE 4433/udp 8080/tcp
 # Kubernetes has its own probes and ignores this.
 HEALTHCHECK --interval=10s --timeout=3s --start-period=5s \
     CMD ["python", "-c", "from urllib.request import urlopen; urlopen('http://127.0.0.1:8080/health', timeout=2)"]
+# Arguments are options of `catbus run`: `docker run IMAGE --workers auto` uses all cores.
 # On SIGTERM the broker drains, which takes up to 15 s with many clients: allow that time (docker stop --time 30).
 STOPSIGNAL SIGTERM
 ENTRYPOINT ["catbus", "run"]

@@ -6,11 +6,13 @@ pip := $(bin)/python -m pip --disable-pip-version-check --no-input -qq
 
 # Run one target at a time, also with -j: they share one virtual environment and one machine.
 .NOTPARALLEL:
-.PHONY: help run test quick lint types format bench chaos fuzz fuzz-bytes hostile conformance coverage check-api check-npm clean
+.PHONY: help run examples test mistakes quick lint types format bench chaos fuzz fuzz-bytes hostile conformance coverage check-api check-npm docs clean
 
 help:
 	@echo 'make run          start a broker on this machine, with its own PostgreSQL'
-	@echo 'make test         check style and types, then run all tests'
+	@echo 'make examples     serve the examples, with a broker of their own'
+	@echo 'make test         check style and types, then run all tests, with one in five of the planted mistakes'
+	@echo 'make mistakes     check that the tests find the other planted mistakes'
 	@echo 'make quick        check style and types, then run the unit tests'
 	@echo 'make lint         check style'
 	@echo 'make types        check types'
@@ -23,16 +25,24 @@ help:
 	@echo 'make conformance  run suites, clients and proxies of other projects against a broker (PYTHON2= for Autobahn)'
 	@echo 'make coverage     run all tests, and show the lines and branches of catbus/ that no test reaches'
 	@echo 'make check-api    check a broker against its OpenAPI document (API_EXAMPLES=1000 for each operation)'
-	@echo 'make check-npm    build a fresh Vite application with the npm package (needs the network)'
+	@echo 'make check-npm    build a fresh Vite application with the npm package, and use it in browsers (needs the network)'
+	@echo 'make docs         write the documentation site to build/site'
 	@echo 'make clean        remove everything that make has made'
 
 run: $(venv)/installed-run
 	@exec $(bin)/catbus run --config catbus.toml
 
-# In two processes, because tests wait for much of their time. The tests of a file share servers and browsers, so they
-# run in one process. In the order of their names, the last files are quick, so both processes end at the same time.
+examples: $(venv)/installed-run $(venv)/javascript
+	@exec $(bin)/python examples/serve.py
+
+# In three processes for two cores, because tests wait for much of their time. The tests of a file share servers, and those of some
+# folders more (tests/conftest.py), so they run in one process. In the order of their names, the last files are quick, so all processes
+# end at the same time. `mistakes` runs the rest of the tests that tests/conftest.py marks.
 test: lint types $(venv)/programs $(venv)/javascript $(venv)/installed-foreign $(venv)/installed-schemathesis
-	$(bin)/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder
+	$(bin)/python -m pytest --numprocesses 3 --dist loadfile --no-loadscope-reorder -m 'not mistake'
+
+mistakes: $(venv)/installed-test
+	$(bin)/python -m pytest --numprocesses 2 --dist load -m mistake
 
 # Without processes, sockets, PostgreSQL, browsers and slow tests, and with fewer random examples: tests/conftest.py says which.
 quick: lint types
@@ -49,11 +59,16 @@ format: $(venv)/installed-test
 	$(bin)/ruff check --fix
 	$(bin)/ruff format
 
+docs: $(venv)/installed-test
+	$(bin)/python -m tests.documentation_site build/docs
+	$(bin)/python -m zensical build --strict
+
 bench: $(venv)/installed-test
 	$(bin)/python bench/fanout.py
 	$(bin)/python bench/fanout.py --transport webtransport
 	$(bin)/python bench/durable.py
 	$(bin)/python bench/publish_sql.py --seconds 10
+	$(bin)/python bench/consumers.py
 	$(bin)/python bench/soak.py --minutes 1 --every 5 --age 10
 	$(bin)/python bench/stalled_subscribers.py --repeat 3
 	$(bin)/python bench/catch_up.py --sessions 1000 --over 2

@@ -14,6 +14,7 @@ first publish and the last delivery, including the kernel's work for it. The row
 
     catbus    `catbus run`, with the database of --database
     websocket with --transport sse: the same broker program, with WebSocket subscribers
+    N workers `catbus run --workers N` (--workers N, with --database embedded or a URL): CPU of all its processes
     nats      nats-server (--compare nats; --nats names the program)
     bare      a loop that only relays what the publisher sends to each subscriber: with WebSocket a loop of `os.write`,
               which is the kernel's cost alone; with WebTransport a loop over aioquic, which handles packets,
@@ -73,7 +74,7 @@ class Target:
     """A server, and how to talk to it."""
 
     name: str
-    pid: int
+    pids: Sequence[int]
     connector: Connector
     publish: Callable[[Sequence[bytes]], bytes]
     """Encodes some payloads as publishes."""
@@ -85,7 +86,7 @@ class Target:
 
 
 @contextmanager
-def catbus_target(database: str, transport: str, name: str = "catbus") -> Iterator[Target]:
+def catbus_target(database: str, transport: str, name: str = "catbus", workers: int = 1) -> Iterator[Target]:
     def publish(payloads: Sequence[bytes]) -> bytes:
         lines = [b'{"type":"publish","channel":"%b","payload":%b}\n' % (CHANNEL.encode(), each) for each in payloads]
         return frame(b"".join(lines))
@@ -93,7 +94,7 @@ def catbus_target(database: str, transport: str, name: str = "catbus") -> Iterat
     hello = auth_line(), b'"auth_ok"'
     subscribe = b'{"type":"subscribe","pattern":"%b"}\n' % PATTERN.encode(), b'"subscribed"'
     alive = frame(b"", PONG)
-    with harness.catbus_run(database, webtransport=transport == "webtransport") as server:
+    with harness.catbus_run(database, webtransport=transport == "webtransport", workers=workers) as server:
         match transport:
             case "webtransport":
                 connector: Connector = WebTransportConnector(server.quic_port, server.ca, [hello, subscribe])
@@ -102,7 +103,8 @@ def catbus_target(database: str, transport: str, name: str = "catbus") -> Iterat
             case _:
                 connector = WebSocketConnector(server.port, "/ws", framed([hello, subscribe]), alive)
         publisher = WebSocketConnector(server.port, "/ws", framed([hello]), alive)
-        yield Target(name, server.pid, connector, publish, publisher.connect_one, alive, b'"type":"published"')
+        pids = [server.pid, *harness.worker_pids(server.pid)]
+        yield Target(name, pids, connector, publish, publisher.connect_one, alive, b'"type":"published"')
 
 
 @contextmanager
@@ -119,7 +121,7 @@ def nats_target(command: str) -> Iterator[Target]:
             server.port, "/", [(frame(hello + subscribe + b"PING\r\n", BINARY), b"PONG\r\n")], alive
         )
         publisher = WebSocketConnector(server.port, "/", [(frame(hello + b"PING\r\n", BINARY), b"PONG\r\n")], alive)
-        yield Target("nats", server.pid, connector, publish, publisher.connect_one, alive)
+        yield Target("nats", [server.pid], connector, publish, publisher.connect_one, alive)
 
 
 @contextmanager
@@ -127,7 +129,7 @@ def bare_target() -> Iterator[Target]:
     with socket.create_server(("127.0.0.1", 0), backlog=1000) as listener, running(websocket_relay, listener) as pid:
         port = listener.getsockname()[1]
         publisher = WebSocketConnector(port, "/publish", [], b"")
-        yield Target("bare", pid, WebSocketConnector(port, "/", [], b""), publish_framed, publisher.connect_one)
+        yield Target("bare", [pid], WebSocketConnector(port, "/", [], b""), publish_framed, publisher.connect_one)
 
 
 @contextmanager
@@ -143,7 +145,7 @@ def bare_webtransport_target() -> Iterator[Target]:
         connector = WebTransportConnector(sock.getsockname()[1], made.certificate_pem, [(HELLO, WELCOME)])
         with running(webtransport_relay, listener, sock, configuration) as pid:
             yield Target(
-                "bare", pid, connector, publish_lines, lambda: socket.create_connection(listener.getsockname())
+                "bare", [pid], connector, publish_lines, lambda: socket.create_connection(listener.getsockname())
             )
 
 
@@ -207,7 +209,7 @@ class FanOutBench:
         task = Round(mark, workload.messages, workload.seconds + DELIVERY_TIMEOUT)
         self._all(task, task)
         self._acknowledged = 0
-        cpu, began = cpu_time(self.target.pid), time.monotonic()
+        cpu, began = sum(map(cpu_time, self.target.pids)), time.monotonic()
         if workload.rate:
             self._pace(mark, workload)
         else:
@@ -215,7 +217,7 @@ class FanOutBench:
         if self.target.reply:
             self._wait_acknowledged(workload.messages)
         seen = [process.read_reply() for process in self._processes]
-        ended, cpu = time.monotonic(), cpu_time(self.target.pid) - cpu
+        ended, cpu = time.monotonic(), sum(map(cpu_time, self.target.pids)) - cpu
         counts = sum((each.counts for each in seen), Counter[int]())
         if counts != {workload.messages: self._subscribers}:
             sys.exit(f"{self.target.name}: of {workload.messages} messages came (how many: to how many) {counts}")
@@ -315,12 +317,15 @@ def main() -> None:
     parser.add_argument("--repeat", type=int, default=3, metavar="K", help="rounds, interleaved; medians are shown (3)")
     parser.add_argument("--database", default="memory", metavar="URL", help="of Catbus (memory)")
     parser.add_argument("--compare", action="append", default=[], choices=["nats"], help="measure another server too")
+    parser.add_argument("--workers", type=int, default=1, metavar="N", help="measure a broker with N workers, too (1)")
     parser.add_argument("--nats", default="nats-server", metavar="PROGRAM", help="nats-server, unless it is on PATH")
     options = parser.parse_args()
     webtransport = options.transport == "webtransport"
     subscribers = options.subscribers or SUBSCRIBERS[options.transport]
     if webtransport and options.compare:
         parser.error("--compare: over WebTransport there is none")
+    if options.workers > 1 and options.database == "memory":
+        parser.error("--workers: they need a --database")
     harness.prepare()
 
     workloads = [Workload(f"burst of {options.messages}", options.messages, 0, 0)]
@@ -333,6 +338,11 @@ def main() -> None:
     results: dict[tuple[Workload, str], list[Result]] = defaultdict(list)
     with ExitStack() as stack:
         targets = [stack.enter_context(catbus_target(options.database, options.transport))]
+        if options.workers > 1:
+            name = f"{options.workers} workers"
+            targets.append(
+                stack.enter_context(catbus_target(options.database, options.transport, name, options.workers))
+            )
         if options.transport == "sse":
             targets.append(stack.enter_context(catbus_target(options.database, "websocket", "websocket")))
         if "nats" in options.compare:

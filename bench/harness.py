@@ -43,6 +43,13 @@ def prepare() -> None:
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
 
 
+def worker_pids(pid: int) -> list[int]:
+    """Return the children of a process that run the same program: the workers of a broker, without its database."""
+    children = map(int, Path(f"/proc/{pid}/task/{pid}/children").read_text().split())
+    program = Path(f"/proc/{pid}/cmdline").read_bytes()
+    return [child for child in children if Path(f"/proc/{child}/cmdline").read_bytes() == program]
+
+
 def cpu_time(pid: int) -> float:
     """Return the CPU seconds used by all threads of a process, from Linux's clock of that process."""
     return time.clock_gettime_ns(~pid << 3 | 2) / 1e9
@@ -70,12 +77,13 @@ class Server:
 
 @contextmanager
 def catbus_run(
-    database: str, *, webtransport: bool = False, settings: str = "", drain: str = DRAIN
+    database: str, *, webtransport: bool = False, settings: str = "", drain: str = DRAIN, workers: int = 1
 ) -> Iterator[Server]:
     """Run `catbus run`, wait until it is ready, and print its warnings to stderr after it has ended.
 
     `settings` are additional sections of TOML; `drain` replaces the section `[drain]`.
     """
+    settings += f"\n[run]\nworkers = {workers}\n" if workers > 1 else ""
     with tempfile.TemporaryDirectory(prefix="catbus-bench-") as state, tempfile.TemporaryFile("w+") as output:
         Path(state).chmod(0o711)  # For root, another user serves the embedded database.
         config = Path(state, "catbus.toml")
@@ -89,6 +97,7 @@ def catbus_run(
         try:
             with _stopping(process):
                 port = _wait_serving(process, output)
+                _wait_workers(port, workers)
                 yield _with_webtransport(process.pid, port) if webtransport else Server(process.pid, port)
         finally:
             for event in _events(output):
@@ -111,6 +120,17 @@ def _wait_serving(process: subprocess.Popen[bytes], output: TextIO) -> int:
     if process.poll() is not None:
         sys.exit(f"catbus run ended with status {process.returncode}")
     sys.exit(f"catbus run is not ready after {STARTING_TIME:.0f} s")
+
+
+def _wait_workers(port: int, workers: int) -> None:
+    """Wait until each of several workers is ready."""
+    ready = [f'catbus_state{{worker="{number}",state="ready"}} 1.0' for number in range(workers)]
+    while workers > 1:
+        with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics") as response:
+            lines = response.read().decode().splitlines()
+        if all(line in lines for line in ready):
+            return
+        time.sleep(0.1)
 
 
 def _events(output: TextIO) -> list[dict[str, Any]]:

@@ -1,6 +1,7 @@
 """A real-time message broker on Trio: WebTransport and WebSocket clients, one durable log in PostgreSQL.
 
-`serve` runs a broker, `open_broker` one without endpoints for this process alone, `connect` is the client.
+`serve` runs a broker, `open_broker` one without endpoints for this process alone, `connect` is the client,
+and `consume` a worker that processes each message exactly once.
 """
 
 from importlib import import_module
@@ -11,14 +12,20 @@ if TYPE_CHECKING:
     from .client import (
         Backoff,
         Bus,
+        Change,
+        Changes,
         Ended,
         Gap,
         GoAway,
         Head,
         Live,
+        LiveMap,
+        MemberKey,
+        Membership,
         Message,
         Messages,
         Page,
+        PresentMember,
         Reconnected,
         Reconnecting,
         State,
@@ -27,24 +34,41 @@ if TYPE_CHECKING:
     from .close_codes import CloseCode
     from .config import Config, load
     from .error_codes import ErrorCode
-    from .errors import CatbusError, ConfigError, Disconnected, PeerError, Refused, Unavailable
-    from .in_process import LocalMessage, LocalPage
+    from .errors import (
+        CatbusError,
+        ConfigError,
+        ConflictError,
+        ConsumerError,
+        Disconnected,
+        PeerError,
+        Refused,
+        Unavailable,
+    )
+    from .in_process import LocalMessage, LocalPage, LocalSnapshot
     from .session.hooks import AuthenticatedClient, ClientInfo, Replacement
     from .session.session_report import SessionReport
+    from .worker import ConsumerMessage, WorkStatistics, consume, consume_blocking
+    from .worker.trio_session import TrioConnection
 
 _HOMES = {
     "broker": ("Broker", "open_broker", "serve"),
     "client": (
         "Backoff",
         "Bus",
+        "Change",
+        "Changes",
         "Ended",
         "Gap",
         "GoAway",
         "Head",
         "Live",
+        "LiveMap",
+        "MemberKey",
+        "Membership",
         "Message",
         "Messages",
         "Page",
+        "PresentMember",
         "Reconnected",
         "Reconnecting",
         "State",
@@ -56,14 +80,18 @@ _HOMES = {
     "errors": (
         "CatbusError",
         "ConfigError",
+        "ConflictError",
+        "ConsumerError",
         "Disconnected",
         "PeerError",
         "Refused",
         "Unavailable",
     ),
-    "in_process": ("LocalMessage", "LocalPage"),
+    "in_process": ("LocalMessage", "LocalPage", "LocalSnapshot"),
     "session.hooks": ("AuthenticatedClient", "ClientInfo", "Replacement"),
     "session.session_report": ("SessionReport",),
+    "worker": ("ConsumerMessage", "WorkStatistics", "consume", "consume_blocking"),
+    "worker.trio_session": ("TrioConnection",),
 }
 
 __all__ = [
@@ -72,10 +100,15 @@ __all__ = [
     "Broker",
     "Bus",
     "CatbusError",
+    "Change",
+    "Changes",
     "ClientInfo",
     "CloseCode",
     "Config",
     "ConfigError",
+    "ConflictError",
+    "ConsumerError",
+    "ConsumerMessage",
     "Disconnected",
     "Ended",
     "ErrorCode",
@@ -83,20 +116,29 @@ __all__ = [
     "GoAway",
     "Head",
     "Live",
+    "LiveMap",
     "LocalMessage",
     "LocalPage",
+    "LocalSnapshot",
+    "MemberKey",
+    "Membership",
     "Message",
     "Messages",
     "Page",
     "PeerError",
+    "PresentMember",
     "Reconnected",
     "Reconnecting",
     "Refused",
     "Replacement",
     "SessionReport",
     "State",
+    "TrioConnection",
     "Unavailable",
+    "WorkStatistics",
     "connect",
+    "consume",
+    "consume_blocking",
     "load",
     "open_broker",
     "serve",

@@ -10,6 +10,7 @@ from collections.abc import AsyncIterator, Iterator, Sequence
 from contextlib import asynccontextmanager, contextmanager
 from dataclasses import replace
 from datetime import UTC, datetime
+from functools import partial
 from math import ceil
 from typing import Any, Unpack
 
@@ -21,26 +22,35 @@ from .auth.jwt_keys import KeySetSource
 from .auth.tokens import Authenticator
 from .certificates import CertificateSource
 from .config import Config, is_url
+from .delivery.page_size import MAX_HISTORY
 from .endpoints import serve_http, serve_quic
-from .errors import PeerError, Refused
-from .in_process import LocalPage, LocalSubscription, read_history
+from .errors import ConflictError, PeerError, Refused
+from .in_process import LocalPage, LocalSnapshot, LocalSubscription, read_history, read_retained
 from .log import Log, MemoryLog, Rejected
 from .malloc_trim import trim_after_peaks
 from .observability.metrics import export_metrics
 from .postgres import PostgresLog
 from .postgres.embedded import server as embedded_server
+from .presence import MembersPage
+from .presence.interface import MAX_MEMBERS
+from .presence.member_pages import read_members
+from .processes.worker import Worker
 from .protocol.channels import check_pattern
-from .protocol.wire_messages import Publish, check_payload, to_json
+from .protocol.wire_messages import MAX_NUMBER, Publish, check_payload, to_json
 from .replica import Replica
-from .session.history_page import MAX_HISTORY
 from .session.hooks import HOOK_TIMEOUT, AuthenticateHook, HookOptions, Hooks, PublishHook, SessionHook
 from .session.session_report import SessionReport
+from .webtransport.connection_ids import ALL_CONNECTION_IDS, ConnectionIdShare
 
 OWNER = Identity(client_id=None, grants=Grants.ADMIN, expires=None, admin=True)
 """The identity that publishes and subscribes in this process."""
 
-EVENTS_TIMEOUT = 2.0
-"""Seconds for publishing the closes of the last sessions, while the replica stops."""
+FLUSH_TIMEOUT = 2.0
+"""Seconds for publishing the closes of the last sessions, and for ending their memberships, while the replica stops."""
+
+HANDOVER_TIME = 1.0
+"""Seconds in which a connection that a stopping worker has accepted sends its first request. Later connections are
+accepted by the other workers."""
 
 
 @contextmanager
@@ -68,15 +78,12 @@ class Broker:
     @property
     def urls(self) -> list[str]:
         """The URLs for clients: `ws://127.0.0.1:8080/ws` (or `wss://`), `https://127.0.0.1:4433`."""
-        websocket = "wss" if self.replica.config.websocket.tls else "ws"
-        forms = {"websocket": f"{websocket}://{{}}/ws", "webtransport": "https://{}"}
-        return [forms[transport].format(address) for transport, address in self.addresses]
+        return client_urls(self.replica.config, self.addresses)
 
     @property
     def http_urls(self) -> list[str]:
         """The URLs of the HTTP endpoint, without a path: `http://127.0.0.1:8080` (or `https://`)."""
-        scheme = "https" if self.replica.config.websocket.tls else "http"
-        return [f"{scheme}://{address}" for transport, address in self.addresses if transport == "websocket"]
+        return page_urls(self.replica.config, self.addresses)
 
     @property
     def sessions(self) -> list[SessionReport]:
@@ -98,21 +105,59 @@ class Broker:
         with refusing():
             return await read_history(self.replica, pattern, before, limit)
 
+    async def retained(self, pattern: str) -> LocalSnapshot:
+        """Read the retained messages that match. To follow their changes, `subscribe` after their `seq` and `epoch`.
+
+        It takes memory for all of them. Raises `Refused` for a bad pattern, and `Unavailable` while the database is
+        unreachable. May be cancelled.
+        """
+        with refusing():
+            return await read_retained(self.replica, pattern)
+
+    async def members(self, pattern: str, *, after: str | None = None, limit: int = 100) -> MembersPage:
+        """Read who is in the channels that match, on all replicas: at most `limit` members (1 to 1,000).
+
+        `after` is the `next` of the page before, which is None on the last page. Raises `Refused` for a bad pattern or
+        another `after`, `ValueError` for another limit, and `Unavailable` while the database is unreachable. May be
+        cancelled.
+        """
+        if not 1 <= limit <= MAX_MEMBERS:
+            raise ValueError(f"limit: from 1 to {MAX_MEMBERS}, not {limit}")
+        with refusing():
+            check_pattern(pattern)
+            return await read_members(self.replica.presence, pattern, after, limit)
+
     async def publish(
-        self, channel: str, payload: Any, *, ephemeral: bool = False, sender: str | None = None
+        self,
+        channel: str,
+        payload: Any,
+        *,
+        ephemeral: bool = False,
+        sender: str | None = None,
+        retain: bool = False,
+        expect: int | None = None,
     ) -> int | None:
         """Publish a JSON value and return its seq once it is committed (None for an ephemeral one).
 
         `sender` is the client_id that subscribers receive with the message; it counts against no limit of that client.
-        No hook is called. Raises `Refused`, and `TypeError` or `ValueError` for a payload that has no JSON form and for
-        a sender that is no client_id. Cancelling it leaves open whether the message is committed.
+        `retain` makes the message the channel's retained one, or removes that if the payload is None. With `expect`, it
+        is published only if that is the seq of the channel's retained message, 0 for none. No hook is called.
+
+        Raises `Refused` (`ConflictError` if `expect` does not hold), and `TypeError` or `ValueError` for a payload that
+        has no JSON form, a sender that is no client_id, and an `expect` that is no seq. Cancelling it leaves open
+        whether the message is committed.
         """
         if sender is not None:
             _check_sender(sender, self.replica.config.limits.client_id)
+        if expect is not None and not 0 <= expect <= MAX_NUMBER:
+            raise ValueError(f"expect: a seq from 0 to {MAX_NUMBER}")
         with refusing():
-            request = Publish(channel, msgspec.Raw(check_payload(to_json(payload))), ephemeral=ephemeral)
+            data = msgspec.Raw(check_payload(to_json(payload)))
+            request = Publish(channel, data, ephemeral=ephemeral, retain=retain, expect=expect)
         [outcome] = await self.replica.publish(replace(OWNER, client_id=sender), [request], charged=False)
         if isinstance(outcome, Rejected):
+            if outcome.retained_seq is not None:
+                raise ConflictError(outcome.message, outcome.retained_seq)
             raise Refused(outcome.code, outcome.message)
         return None if outcome is None else outcome.seq
 
@@ -153,6 +198,19 @@ class Broker:
         await self._stopping.wait()
 
 
+def client_urls(config: Config, addresses: Sequence[tuple[str, str]]) -> list[str]:
+    """Return the URLs for clients of each transport and its address."""
+    websocket = "wss" if config.websocket.tls else "ws"
+    forms = {"websocket": f"{websocket}://{{}}/ws", "webtransport": "https://{}"}
+    return [forms[transport].format(address) for transport, address in addresses]
+
+
+def page_urls(config: Config, addresses: Sequence[tuple[str, str]]) -> list[str]:
+    """Return the URLs of the HTTP endpoint, without a path."""
+    scheme = "https" if config.websocket.tls else "http"
+    return [f"{scheme}://{address}" for transport, address in addresses if transport == "websocket"]
+
+
 async def serve(
     config: Config,
     *,
@@ -160,6 +218,7 @@ async def serve(
     on_publish: PublishHook | None = None,
     on_session: SessionHook | None = None,
     hook_timeout: float = HOOK_TIMEOUT,
+    worker: Worker | None = None,
     task_status: trio.TaskStatus[Broker] = trio.TASK_STATUS_IGNORED,
 ) -> None:
     """Run a replica until `Broker.stop`. `task_status` gets the broker when its endpoints are open.
@@ -183,6 +242,8 @@ async def serve(
     the request is rejected as `unavailable`. After any other exception it is rejected as `internal`. Only refusals are
     not logged. If a session's context ends by itself, the session is closed. A hook is cancelled when the broker is
     cancelled, and `authenticate` and `on_publish` also when the broker closes their client's connection.
+
+    `worker` is for `catbus run --workers`: the sockets that a worker has inherited, and how it asks the others.
     """
     certificates = None
     if config.certificate_needed:
@@ -196,26 +257,42 @@ async def serve(
                 on_session=on_session,
                 hook_timeout=hook_timeout,
             )
-            broker = await _start(config, nursery, certificates, hooks)
+            broker = await _start(config, nursery, certificates, hooks, worker)
             replica = broker.replica
             async with trio.open_nursery() as sessions:
-                http = serve_http, replica, config.websocket.bind, sessions
-                replica.add_endpoint("websocket", await nursery.start(*http))
-                if certificates is not None and config.webtransport_served:
-                    quic = serve_quic, replica, config.webtransport.bind, certificates.latest_quic, sessions
-                    replica.add_endpoint("webtransport", await nursery.start(*quic))
+                inherited = () if worker is None else worker.listeners
+                http = await nursery.start(
+                    partial(serve_http, replica, config.websocket.bind, sessions, inherited=inherited)
+                )
+                replica.add_endpoint("websocket", http)
+                if certificates is not None and config.webtransport_served and (worker is None or worker.udp_sockets):
+                    latest, udp = certificates.latest_quic, _udp_options(worker)
+                    quic = partial(serve_quic, replica, config.webtransport.bind, latest, sessions, **udp)
+                    replica.add_endpoint("webtransport", await nursery.start(quic))
                 task_status.started(broker)
 
                 await broker.wait_stopping()
+                if worker is not None and not worker.all_stopping():
+                    http.stop_accepting()
+                    await trio.sleep(HANDOVER_TIME)
                 await replica.drain()
                 for endpoint in replica.endpoints.values():
                     endpoint.close()
                 replica.finish()
                 sessions.cancel_scope.deadline = trio.current_time() + config.drain.deadline
-            with trio.move_on_after(EVENTS_TIMEOUT):
+            with trio.move_on_after(FLUSH_TIMEOUT):
                 await replica.session_events.flush()
+                await replica.presence.flush()
             # The contexts of sessions are left when their connections are closed, while the broker still runs.
         nursery.cancel_scope.cancel()
+
+
+def _udp_options(worker: Worker | None) -> dict[str, Any]:
+    """Return what `serve_quic` needs to know of the worker that it runs in."""
+    if worker is None:
+        return {}
+    share = ConnectionIdShare(worker.number, worker.count) if worker.steered else ALL_CONNECTION_IDS
+    return {"inherited": worker.udp_sockets, "share": share}
 
 
 @asynccontextmanager
@@ -243,6 +320,7 @@ async def _start(
     nursery: trio.Nursery,
     certificates: CertificateSource | None = None,
     hooks: Hooks | None = None,
+    worker: Worker | None = None,
 ) -> Broker:
     """Start a replica without its endpoints: the log, the delivery that follows it, and the flusher."""
     settings = config.auth
@@ -258,7 +336,22 @@ async def _start(
     log = await _open_log(config, nursery)
     roles = log.roles if isinstance(log, PostgresLog) else None
     revocations = log.revocations if isinstance(log, PostgresLog) else None
-    replica = Replica(config, log, authenticator, certificates, roles, export_metrics, hooks, revocations, key_sets)
+    presence = log.presence if isinstance(log, PostgresLog) else None
+    consumers = log.consumers if isinstance(log, PostgresLog) else None
+    replica = Replica(
+        config,
+        log,
+        authenticator,
+        certificates,
+        roles,
+        export_metrics,
+        hooks,
+        revocations,
+        key_sets,
+        presence,
+        consumers,
+        worker,
+    )
     await nursery.start(replica.log.run, replica.delivery, replica.describe)
     nursery.start_soon(replica.cpu_scheduler.run)
     nursery.start_soon(trim_after_peaks)
@@ -268,6 +361,8 @@ async def _start(
     nursery.start_soon(replica.permissions.run)
     nursery.start_soon(replica.session_events.run)
     nursery.start_soon(replica.revocations.run)
+    nursery.start_soon(replica.presence.run)
+    nursery.start_soon(replica.presence_feeder.run)
     nursery.start_soon(replica.runtime_statistics.run, log)
     return Broker(replica)
 
@@ -288,8 +383,15 @@ async def _fetch_key_sets(
 async def _open_log(config: Config, nursery: trio.Nursery) -> Log:
     settings, limits = config.database, config.limits
     if settings.url == "memory":
-        return MemoryLog(limits.recent, pending=limits.pending_total)
+        return MemoryLog(limits.recent, pending=limits.pending_total, retained_bytes=config.retention.retained)
     if settings.url == "embedded":
         url = await nursery.start(embedded_server.run_server, config.state_directory / "postgres")
         settings = msgspec.structs.replace(settings, url=url)
-    return PostgresLog(settings, config.retention, recent=limits.recent, pending=limits.pending_total)
+    return PostgresLog(
+        settings,
+        config.retention,
+        config.webhooks,
+        recent=limits.recent,
+        pending=limits.pending_total,
+        presence_grace=config.presence.grace,
+    )

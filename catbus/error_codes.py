@@ -23,6 +23,7 @@ class ErrorCode(StrEnum):
     TOKEN_NOT_VALID_YET = "token_not_valid_yet"
     REVOKED = "revoked"
     LIMIT = "limit"
+    CONFLICT = "conflict"
     NOT_FOUND = "not_found"
     METHOD_NOT_ALLOWED = "method_not_allowed"
     SHUTTING_DOWN = "shutting_down"

@@ -50,6 +50,25 @@ class Refused(CatbusError):
         return f"{self.message} ({self.code})"
 
 
+class ConflictError(Refused):
+    """A conditional publish was rejected. `seq` is that of the channel's retained message, 0 if there is none."""
+
+    def __init__(self, message: str, seq: int) -> None:
+        super().__init__(ErrorCode.CONFLICT, message)
+        self.seq = seq
+
+
+class ConsumerError(CatbusError):
+    """A worker cannot go on, and a retry would be of no use. The text says what to do.
+
+    `sqlstate` is the code of PostgreSQL.
+    """
+
+    def __init__(self, message: str, sqlstate: str) -> None:
+        super().__init__(message)
+        self.sqlstate = sqlstate
+
+
 class Unavailable(CatbusError):
     """A service outside this process is unavailable. A retry can help."""
 

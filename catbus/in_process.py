@@ -10,7 +10,9 @@ from typing import Any
 import trio
 
 from .delivery.encoded_messages import EncodedMessages
+from .delivery.fan_out import PAGE_BYTES
 from .delivery.send_queue import SendQueue
+from .delivery.snapshots import SNAPSHOT_ROWS
 from .delivery.subscription import Subscription
 from .log import Entry
 from .protocol.channels import check_pattern
@@ -28,6 +30,8 @@ class LocalMessage:
     at: int
     sender: str | None
     pattern: str
+    retain: bool = False
+    """Whether it was published with `retain`."""
 
     @property
     def payload(self) -> Any:
@@ -43,6 +47,18 @@ class LocalPage:
     more: bool
 
 
+@dataclass(frozen=True, slots=True)
+class LocalSnapshot:
+    """The retained messages of a pattern, in the byte order of their channels: the state up to `seq` of `epoch`.
+
+    A channel whose retained message has changed since then may be missing. The change follows after `seq`.
+    """
+
+    messages: tuple[LocalMessage, ...]
+    seq: int
+    epoch: str
+
+
 async def read_history(replica: Replica, pattern: str, before: int | None, limit: int) -> LocalPage:
     """Read the newest messages that match, as `Broker.history` does. Raises `PeerError` and `Unavailable`."""
     check_pattern(pattern)
@@ -50,8 +66,25 @@ async def read_history(replica: Replica, pattern: str, before: int | None, limit
     return LocalPage(tuple(_make_message(entry, pattern) for entry in entries), more)
 
 
+async def read_retained(replica: Replica, pattern: str) -> LocalSnapshot:
+    """Read the retained messages that match, as `Broker.retained` does. Raises `PeerError` and `Unavailable`."""
+    check_pattern(pattern)
+    log, delivery = replica.log, replica.delivery
+    while True:
+        version, epoch, until = delivery.page_version, log.epoch, delivery.position
+        messages: list[LocalMessage] = []
+        after, complete = None, False
+        # Pages from before and after an erasure, or of two epochs, are not one state.
+        while not complete and version == delivery.page_version:
+            page = await log.retained(pattern, after=after, until=until, rows=SNAPSHOT_ROWS, size=PAGE_BYTES)
+            messages += [_make_message(entry, pattern) for entry in page.entries]
+            after, complete = page.last, page.complete
+        if version == delivery.page_version:
+            return LocalSnapshot(tuple(messages), until, epoch)
+
+
 def _make_message(entry: Entry, pattern: str) -> LocalMessage:
-    return LocalMessage(entry.channel, entry.payload, entry.seq or None, entry.at, entry.sender, pattern)
+    return LocalMessage(entry.channel, entry.payload, entry.seq or None, entry.at, entry.sender, pattern, entry.retain)
 
 
 class LocalSubscription(AsyncIterator[LocalMessage]):

@@ -27,7 +27,7 @@ from .certificates import CertificateSource
 from .config import Config, split_address
 from .delivery.fan_out import Delivery
 from .delivery.flusher import Flusher
-from .delivery.message_pages import MessagePages
+from .delivery.message_pages import ClientTurns, MessagePages
 from .delivery.send_queue import Budget, TransportWriter
 from .limits.client_usage import ClientUsages
 from .limits.connections_per_address import ConnectionsPerAddress
@@ -35,11 +35,16 @@ from .limits.cpu_scheduler import CpuScheduler
 from .limits.publish_rate import PublishRateLimits
 from .limits.unauthenticated import UnauthenticatedPeers
 from .log import Log, Outcome
+from .log.consumers import Consumers
 from .observability.runtime_statistics import RuntimeStatistics
+from .presence import Presence
+from .presence.local import LocalPresence
+from .processes.worker import Worker
 from .protocol.wire_messages import Publish
 from .session.authentication import Authentication
 from .session.driver import SessionDriver
 from .session.hooks import ClientInfo, Hooks
+from .session.presence_watch import PresenceFeeder
 from .session.publishing import Publisher
 from .session.services import SessionServices
 from .session.session_events import SessionEvents
@@ -88,7 +93,9 @@ class Replica:
 
     `certificates` is needed for WebTransport, and for TLS on the WebSocket port. Without `roles`, role tokens are
     rejected. Without an `exporter`, there are no metrics. `hooks` are those of the program that embeds the broker.
-    Without `revocations`, those that are made here are kept in memory. Without `key_sets`, no keys are fetched.
+    Without `revocations`, those that are made here are kept in memory. Without `key_sets`, no keys are fetched. Without
+    `presence`, this replica has no others. Without `consumers`, the log has none. `worker` says which worker of its
+    broker it is, if that has workers.
     """
 
     def __init__(
@@ -102,7 +109,11 @@ class Replica:
         hooks: Hooks | None = None,
         revocations: Revocations | None = None,
         key_sets: KeySetSource | None = None,
+        presence: Presence | None = None,
+        consumers: Consumers | None = None,
+        worker: Worker | None = None,
     ) -> None:
+        self.worker = worker
         self.config = config
         self.log = log
         self.authenticator = authenticator
@@ -116,6 +127,9 @@ class Replica:
         self.permissions = LivePermissions(roles)
         self.revocations = Revocations() if revocations is None else revocations
         self.key_sets = key_sets
+        self.presence: Presence = LocalPresence(config.presence.grace) if presence is None else presence
+        self.consumers = consumers
+        self.presence_feeder = PresenceFeeder(self.presence)
         self.cpu_scheduler = CpuScheduler()
         self.client_usages = ClientUsages(config.limits.sessions, config.limits.subscriptions_total)
         self.addresses = ConnectionsPerAddress(config.limits.address_connections)
@@ -157,6 +171,10 @@ class Replica:
             unauthenticated=self.unauthenticated,
             cpu_scheduler=self.cpu_scheduler,
             statistics=self.runtime_statistics,
+            presence=self.presence,
+            presence_feeder=self.presence_feeder,
+            member_turns=ClientTurns(),
+            replica_id=self.id,
             reconnect_delay=self._reconnect_delay,
         )
         self._exporter = exporter
@@ -198,6 +216,13 @@ class Replica:
             "log": log.report(),
         }
 
+    async def report_all(self) -> dict[str, object]:
+        """Return `report`, and with workers descriptions of all of them as `workers`. This takes 0.5 s at most."""
+        found = self.report()
+        if self.worker is not None:
+            found["workers"] = await self.worker.siblings.add_reports(self.describe())
+        return found
+
     @property
     def readiness(self) -> str:
         """`starting` until the log has been read for the first time, then `ready` or `degraded`; `draining` at the end.
@@ -214,6 +239,14 @@ class Replica:
         """Return the metrics in Prometheus's text format, and its content type; None without an exporter."""
         return None if self._exporter is None else self._exporter(self)
 
+    async def scrape_all(self) -> tuple[bytes, str] | None:
+        """Return `scrape`, with workers for all of them: see `SiblingClient.add_metrics`. This takes 0.5 s at most."""
+        found = self.scrape()
+        if found is None or self.worker is None:
+            return found
+        text, content_type = found
+        return await self.worker.siblings.add_metrics(text), content_type
+
     # Endpoints and sessions
 
     def add_endpoint(self, transport: str, endpoint: OpenEndpoint) -> None:
@@ -222,7 +255,9 @@ class Replica:
 
     @property
     def webtransport_port(self) -> int | None:
-        """The port of the WebTransport endpoint, or None while there is none."""
+        """The port of the WebTransport endpoint, also if another worker has it, or None while there is none."""
+        if self.worker is not None:
+            return self.worker.webtransport_port
         endpoint = self.endpoints.get("webtransport")
         return None if endpoint is None else split_address(endpoint.addresses[0])[1]
 

@@ -24,6 +24,9 @@ PROGRAMS = {
     "soak": "soak.py --minutes 0.02 --every 0.4 --age 5 --rate 100 --held yes",
     "stalled": "stalled_subscribers.py --subscribers 20 --fill 2e6 --seconds 0.5 --repeat 1",
     "behind": "catch_up.py --sessions 40 --messages 500 --channels 20 --processes 2 --seconds 1",
+    "consumers": "consumers.py --messages 300 --seconds 0.3 --repeat 1 --workers 1 --batches 10 --rate 20",
+    "retained": "retained.py --channels 300 --others 2 --seconds 0.3 --repeat 1 --database memory",
+    "presence": "presence.py --rate 20 --seconds 0.5 --members 0",
     "storm": "reconnect_storm.py --clients 10 --rate 10",
     "rolling": "rolling_restart.py --sessions 8 --replicas 2 --delay 0 --window 0 --svg rolling.svg",
 }
@@ -88,6 +91,24 @@ def test_stalled(outputs: Outputs) -> None:
 def test_behind(outputs: Outputs) -> None:
     lines = outputs["behind"].result()
     assert [line.split()[0] for line in lines[-6:-2]] == ["calm", "entering", "behind", "after"]
+
+
+def test_presence(outputs: Outputs) -> None:
+    assert [line.split()[0] for line in outputs["presence"].result()[-3:]] == ["one:", "two:", "PostgreSQL,"]
+
+
+def test_retained(outputs: Outputs) -> None:
+    lines = outputs["retained"].result()
+    assert [line.split()[0] for line in lines[-4:-2]] == ["none", "snapshots"]
+    assert any("snapshots of 300 channels" in line for line in lines)
+
+
+def test_consumers(outputs: Outputs) -> None:
+    lines = outputs["consumers"].result()
+    assert lines[5].split()[:2] == ["1", "10"]
+    assert any("1 of 1000 channels: 1 of 300 messages" in line for line in lines)
+    loads = ["no workers", "effects alone", "following", "catching up", "skip locked"]
+    assert [line[:14].strip() for line in lines[-7:-2]] == loads
 
 
 def test_storm(outputs: Outputs) -> None:

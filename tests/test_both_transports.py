@@ -20,10 +20,15 @@ import trio.testing
 import catbus
 from catbus import CloseCode, Config
 from catbus.client import Backoff, Bus, Disconnected, Ended, GoAway, Reconnected, Transport
+from catbus.client.broker_address import parse_address
 from catbus.client.happy_eyeballs import PREFERENCE_TIME, TransportRace
+from catbus.client.transport_interface import MAIN_STREAM
 from catbus.client.websocket_transport import WebSocketTransport
-from catbus.client.webtransport_transport import WebTransportTransport
+from catbus.client.webtransport_transport import WebTransportTransport, make_configuration, open_webtransport
 from catbus.config import DrainSettings, WebTransportSettings
+from catbus.errors import PeerError
+from catbus.protocol import wire_messages as wire
+from catbus.protocol.json_splitter import JsonSplitter
 from tests.brokers import CONFIG, TOKEN
 from tests.chaos.udp_relay import UdpRelay
 from tests.endpoints.raw_peer import Peer
@@ -166,6 +171,42 @@ async def test_subscription_streams_and_datagrams_deliver_the_same_messages(tmp_
                 await broker.publish("b", 2)
                 assert (await anext(again)).payload == 2
             assert [(await anext(everything)).seq for _ in range(2)] == [102, 103]
+
+
+async def test_snapshots_arrive_on_the_streams_of_their_subscriptions(tmp_path: Path) -> None:
+    """Each in several pages, because a stream of its own has room for an eighth of a send queue."""
+    async with running(tmp_path) as (broker, _, found), trio.open_nursery() as nursery:
+        for number in range(300):
+            await broker.publish(f"a.n{number:03}", "x" * 500, retain=True)
+        address = parse_address(found["webtransport"])
+        transport = await open_webtransport(address, make_configuration(address, found["certificate"]))
+        nursery.start_soon(transport.run)
+        await transport.send(b'{"type":"auth","token":"%b","protocol":1}' % TOKEN.encode())
+        for pattern in ("a.*", "*"):
+            await transport.send(
+                b'{"type":"subscribe","pattern":"%b","retained":true,"stream":true}' % pattern.encode()
+            )
+        splitters: dict[int, JsonSplitter[wire.ServerMessage]] = {}
+        replies: dict[int, list[wire.ServerMessage]] = {}
+        while sum(isinstance(each[-1], wire.Live) for each in replies.values() if each) < 2:
+            chunk = await transport.receive()
+            splitter = splitters.setdefault(chunk.stream, JsonSplitter(wire.decode_server, 1 << 20))
+            received = replies.setdefault(chunk.stream, [])
+            for reply in splitter.feed(chunk.data):
+                assert not isinstance(reply, PeerError)
+                received.append(reply)
+        own = [each for stream, each in replies.items() if stream != MAIN_STREAM]
+        assert len(own) == 2
+        for subscribed, *pages, live in own:
+            assert isinstance(subscribed, wire.Subscribed)
+            assert subscribed.stream
+            assert isinstance(live, wire.Live)
+            snapshot = [page for page in pages if isinstance(page, wire.Retained)]
+            assert [page.complete for page in snapshot] == [False] * (len(pages) - 1) + [True]
+            assert [m.seq for page in snapshot for m in page.messages] == list(range(1, 301))
+            assert len(pages) > 2
+        await transport.aclose()
+        nursery.cancel_scope.cancel()
 
 
 async def test_many_subscription_streams_deliver(tmp_path: Path) -> None:

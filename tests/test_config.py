@@ -415,6 +415,7 @@ EXAMPLES = {
     "a size of": ("1GiB", 1 << 30),
     "a size above": ("64KiB", 65_536),
     "a whole number": ("12", 12),
+    "a number of processes": ("12", 12),
     "true or false": ("true", True),
     "a path, or a URL": ("a.json, https://a.example/b?c=d", ("a.json", "https://a.example/b?c=d")),
     "a path": ("a/path", "a/path"),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from math import inf
 
@@ -15,13 +15,17 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 import catbus.delivery.fan_out as delivery_module
+from catbus.delivery import snapshots
 from catbus.delivery.encoded_messages import EncodedMessages, QueueItem
-from catbus.delivery.fan_out import MEASURED_PER_CHECKPOINT, Delivery
+from catbus.delivery.fan_out import Delivery
 from catbus.delivery.reply_lines import HeadLine, HistoryLine, SubscriptionLine
 from catbus.delivery.send_queue import LIST_SLOT_BYTES, REPLY_BYTES, SUBSCRIPTION_LINE_BYTES, Budget, SendQueue
+from catbus.delivery.snapshot_page import SnapshotPage
+from catbus.delivery.snapshots import SnapshotRequest
 from catbus.delivery.subscription import PAGE_ROWS, Subscription
+from catbus.delivery.subscription_trees import MEASURED_PER_CHECKPOINT
 from catbus.delivery.topic_tree import TopicTree
-from catbus.log import Entry, LogPage, RecentMessages, Resumption, erased
+from catbus.log import Entry, LogPage, RecentMessages, Resumption, RetainedPage, erased
 from catbus.log.recent_messages import ENTRY_OVERHEAD
 from catbus.protocol import wire_messages as wire
 from catbus.protocol.channels import matches
@@ -53,6 +57,8 @@ class ListLog:
 
     def __init__(self) -> None:
         self.entries: list[Entry] = []
+        self.kept: dict[str, Entry] = {}
+        """The retained message of each channel that has one."""
         self.floor = 1
         self.holes: set[int] = set()
         """Seqs that were deleted, and that a repair has recorded as deleted."""
@@ -71,6 +77,27 @@ class ListLog:
         entries = entries[: next((i for i, e in enumerate(entries) if e.seq in self.holes), rows)]
         return LogPage(after, entries[-1].seq if entries else after, entries, lost)
 
+    def append(self, entries: Sequence[Entry]) -> None:
+        for entry in entries:
+            self.entries.append(entry)
+            if entry.retain:
+                self.kept.pop(entry.channel, None)
+                if entry.payload != b"null":
+                    self.kept[entry.channel] = entry
+
+    def retained_page(self, request: SnapshotRequest, rows: int) -> RetainedPage:
+        pattern, after = request.position.patterns[0], request.position.after
+        found = sorted(c for c in self.kept if matches(pattern, c) and (after is None or c > after))
+        entries: list[Entry] = []
+        for channel in found[:rows]:
+            entry = self.kept[channel]
+            if entry.seq <= request.until:
+                if entries and sum(e.size for e in entries) + entry.size > request.size:
+                    return RetainedPage(entries, after, False, len(self.entries))
+                entries.append(entry)
+            after = channel
+        return RetainedPage(entries, after, len(found) <= rows, len(self.entries))
+
 
 def exhaust(steps: Iterator[None]) -> None:
     deque(steps, maxlen=0)
@@ -85,6 +112,40 @@ def charge(items: Iterable[QueueItem]) -> int:
 class TransportWriter:
     def flush(self) -> None:
         """Do nothing: the tests take the items themselves."""
+
+
+@dataclass
+class ClientState:
+    """A client's map of the retained messages: the seq of each channel's, as the specification says."""
+
+    seqs: dict[str, int] = field(default_factory=dict)
+    collected: dict[str, int] | None = None
+    """The messages of a snapshot that is not complete yet."""
+
+    def take(self, line: wire.ServerMessage) -> None:
+        match line:
+            case wire.Retained(messages=messages, complete=complete):
+                assert self.collected is not None, "a snapshot that nothing announced"
+                self.collected.update((m.channel, m.seq or 0) for m in messages)
+                assert all(message.retain for message in messages)
+                if complete:
+                    self.seqs, self.collected = self.collected, None
+            case wire.ChannelMessage(channel=channel, seq=seq, retain=True, payload=payload):
+                for seqs in (self.seqs, self.collected):
+                    if seqs is not None:
+                        seqs.pop(channel, None)
+                        if bytes(payload) != b"null":
+                            seqs[channel] = seq or 0
+            case wire.Gap():
+                self.collected = {}
+
+    def keep(self, patterns: Collection[str]) -> None:
+        for seqs in (self.seqs, self.collected or {}):
+            for channel in [c for c in seqs if not any(matches(pattern, c) for pattern in patterns)]:
+                del seqs[channel]
+
+    def copy(self) -> ClientState:
+        return ClientState(dict(self.seqs), None if self.collected is None else dict(self.collected))
 
 
 @dataclass(eq=False)
@@ -102,6 +163,8 @@ class Client:
     patterns: list[str] = field(default_factory=list)
     """The patterns of an event stream, which `wanted` and `lines` have together as ""."""
     parser: EventParser = field(default_factory=EventParser)
+    states: dict[str, ClientState] = field(default_factory=dict)
+    """What the client knew of the retained messages before its `lines`, for each subscription that wants them."""
     pongs_sent: int = 0
     pongs: int = 0
     """The number of pongs received. Pongs are numbered."""
@@ -110,13 +173,13 @@ class Client:
         for item in self.send_queue.take(most):
             if self.protocol is ProtocolVersion.EVENTS:
                 self.collect_events(item if isinstance(item, bytes) else item.events)
-            elif isinstance(item, bytes):
-                for line in item.splitlines():
+            elif isinstance(item, bytes | SnapshotPage):
+                for line in (item if isinstance(item, bytes) else item.lines).splitlines():
                     self.collect_line(wire.decode_server(line))
             elif self.protocol is ProtocolVersion.FIRST:
                 lines = [wire.decode_server(line) for line in item.first_version_lines]
                 payloads = [bytes(line.payload).decode() for line in lines if isinstance(line, wire.ChannelMessage)]
-                self.stream += [payload for payload in payloads if payload != "0"]
+                self.stream += [payload for payload in payloads if payload not in ("0", "null")]
             else:
                 for line in item.lines.splitlines():
                     message = msgspec.json.decode(line)
@@ -133,7 +196,7 @@ class Client:
             case wire.Head():
                 for pattern in self.subscriptions:
                     self.lines.setdefault(pattern, []).append(decoded)
-            case wire.Live(pattern=pattern) | wire.Gap(pattern=pattern):
+            case wire.Live(pattern=pattern) | wire.Gap(pattern=pattern) | wire.Retained(pattern=pattern):
                 self.lines.setdefault(pattern, []).append(decoded)
             case _:
                 raise AssertionError(decoded)
@@ -147,7 +210,20 @@ class Client:
             match event.type:
                 case "message" if "seq" in event.data:
                     assert event.data["seq"] == int(seq)
-                    lines.append(wire.ChannelMessage(event.data["channel"], msgspec.Raw(b"0"), seq=int(seq)))
+                    payload = msgspec.Raw(b"null" if event.data["payload"] is None else b"0")
+                    retain = event.data.get("retain", False)
+                    lines.append(wire.ChannelMessage(event.data["channel"], payload, seq=int(seq), retain=retain))
+                case "retained":
+                    assert event.last_id == before, "a client that reconnects begins again"
+                    messages = [
+                        wire.ChannelMessage(m["channel"], msgspec.Raw(b"0"), seq=m["seq"], retain=m["retain"])
+                        for m in event.data["messages"]
+                    ]
+                    lines.append(wire.Retained("", messages, event.data["complete"]))
+                case "gap" if self.states:
+                    assert event.last_id == before, "a client that reconnects gets the gap again"
+                    gap = event.data
+                    lines.append(wire.Gap("", gap["from"], gap["to"], gap["epoch"], gap["reason"]))
                 case "message":
                     assert event.last_id == before
                 case "gap":
@@ -166,13 +242,18 @@ def entry(seq: int, channel: str, origin: bytes | None = None) -> Entry:
     return Entry(seq, 1000 + seq, channel, b"%d" % seq, None, origin)
 
 
+def retained_entry(seq: int, channel: str, *, remove: bool = False) -> Entry:
+    return Entry(seq, 1000 + seq, channel, b"null" if remove else b"%d" % seq, retain=True)
+
+
 class DeliveryMachine(RuleBasedStateMachine):
-    """Publishing, subscribing, lagging, catching up, retention and deleted ranges, in any order.
+    """Publishing, subscribing, snapshots, lagging, catching up, retention, deletion and erasure, in any order.
 
     A `catbus.v1` client subscribes to any patterns at any cursors. A first-version client always subscribes at the
     head. An event stream subscribes once, to several patterns at one cursor. At any time a client has received a prefix
-    of what it is owed, and all of it once everything is idle. The send queues together stay within the budget, except
-    for messages that cannot be read again.
+    of what it is owed, and all of it once everything is idle. Whenever a subscription to the retained messages is live,
+    its client knows exactly those of that seq. The send queues together stay within the budget, except for messages
+    that cannot be read again.
     """
 
     @initialize(limits=st.sampled_from(LIMITS))
@@ -186,9 +267,14 @@ class DeliveryMachine(RuleBasedStateMachine):
         self.clients: list[Client] = []
         self.page: tuple[int, LogPage] | None = None
         self.serving: Iterator[None] = iter(())
-        for pattern in ("*", "a.*"):
+        self.snapshot_page: tuple[SnapshotRequest, RetainedPage] | None = None
+        self.serving_snapshot: Iterator[None] = iter(())
+        self.history: list[dict[str, int]] = [{}]
+        """After each seq, the seqs of the retained messages."""
+        self.erased: set[int] = set()
+        for pattern, retained in (("*", False), ("a.*", True)):
             self.connect(ProtocolVersion.V1, PRODUCERS[0])
-            self.subscribe_one(self.clients[-1], pattern, None)
+            self.subscribe_one(self.clients[-1], pattern, None, retained=retained)
 
     @rule(protocol=st.sampled_from([ProtocolVersion.FIRST, ProtocolVersion.V1]), producer=st.sampled_from(PRODUCERS))
     def connect(self, protocol: ProtocolVersion, producer: bytes) -> None:
@@ -200,7 +286,9 @@ class DeliveryMachine(RuleBasedStateMachine):
     @rule(
         batches=st.lists(
             st.lists(
-                st.tuples(st.sampled_from(CHANNELS), st.sampled_from([None, None, *PRODUCERS])), min_size=1, max_size=6
+                st.tuples(st.sampled_from(CHANNELS), st.sampled_from([None, *PRODUCERS, b"1", b"1", b"null"])),
+                min_size=1,
+                max_size=6,
             ),
             min_size=1,
             max_size=4,
@@ -210,8 +298,16 @@ class DeliveryMachine(RuleBasedStateMachine):
     def publish(self, batches: list[list[tuple[str, bytes | None]]], with_replies: bool) -> None:
         for posts in batches:
             head = len(self.log.entries)
-            entries = [entry(head + i, channel, origin) for i, (channel, origin) in enumerate(posts, 1)]
-            self.log.entries += entries
+            # A producer that does not get its own messages does not know the state without applying them itself.
+            entries = [
+                retained_entry(head + i, channel, remove=kind == b"null")
+                if kind in (b"1", b"null")
+                else entry(head + i, channel, kind)
+                for i, (channel, kind) in enumerate(posts, 1)
+            ]
+            for each in entries:
+                self.log.append([each])
+                self.history.append({channel: kept.seq for channel, kept in self.log.kept.items()})
             self.delivery.apply(entries)
             for client in self.clients if with_replies else ():
                 self.reply(client)
@@ -230,13 +326,17 @@ class DeliveryMachine(RuleBasedStateMachine):
     @rule(
         patterns=st.lists(st.sampled_from(PATTERNS), min_size=1, max_size=4, unique=True),
         since=st.none() | st.integers(0, 12),
+        retained=st.booleans(),
     )
-    def open_event_stream(self, patterns: list[str], since: int | None) -> None:
+    def open_event_stream(self, patterns: list[str], since: int | None, retained: bool) -> None:
         if len(self.clients) < 4:
             self.connect(ProtocolVersion.EVENTS, b"")
             client = self.clients[-1]
-            subscription = Subscription(client.send_queue)
+            retained = retained and (since or 0) <= len(self.log.entries)
+            subscription = Subscription(client.send_queue, retained=retained)
             client.patterns = list(patterns)
+            if retained:
+                client.states[""] = self.state_before(patterns, since)
             client.subscriptions = dict.fromkeys(patterns, subscription)
             client.wanted[""] = len(self.log.entries) if since is None else since
             self.delivery.subscribe_all(subscription, patterns, since)
@@ -249,7 +349,7 @@ class DeliveryMachine(RuleBasedStateMachine):
         pattern = data.draw(st.sampled_from(client.patterns))
         client.collect()
         lines = client.lines.pop("", [])
-        self.check(client, "", lines, complete=False)
+        state = self.check(client, "", lines, complete=False)
         # All that it is owed up to the last line has arrived, in order.
         ends = [line.last if isinstance(line, wire.Gap) else getattr(line, "seq", 0) for line in lines]
         client.wanted[""] = max([client.wanted[""], *ends])
@@ -257,6 +357,9 @@ class DeliveryMachine(RuleBasedStateMachine):
         subscription = client.subscriptions.pop(pattern)
         self.delivery.unsubscribe(subscription, pattern)
         client.send_queue.revoke([pattern], subscription.patterns)
+        if state is not None:
+            client.states[""] = state
+            state.keep(client.patterns)
 
     @precondition(lambda self: self.clients)
     @rule(data=st.data(), pattern=st.sampled_from(PATTERNS))
@@ -278,13 +381,26 @@ class DeliveryMachine(RuleBasedStateMachine):
             self.unsubscribe_one(client, pattern)
         client.collect()
         client.lines.pop(pattern, None)
-        self.subscribe_one(client, pattern, data.draw(st.none() | st.integers(0, len(self.log.entries) + 3)))
+        since = data.draw(st.none() | st.integers(0, len(self.log.entries) + 3))
+        # What a client above the head knows is not in the history yet.
+        retained = data.draw(st.booleans()) and (since or 0) <= len(self.log.entries)
+        self.subscribe_one(client, pattern, since, retained=retained)
 
-    def subscribe_one(self, client: Client, pattern: str, since: int | None) -> None:
-        subscription = Subscription(client.send_queue, client.producer)
+    def subscribe_one(self, client: Client, pattern: str, since: int | None, *, retained: bool) -> None:
+        subscription = Subscription(client.send_queue, client.producer, retained=retained)
+        if retained:
+            client.states[pattern] = self.state_before([pattern], since)
         client.subscriptions[pattern] = subscription
         client.wanted[pattern] = len(self.log.entries) if since is None else since
         self.delivery.subscribe(subscription, pattern, since)
+
+    def state_before(self, patterns: Sequence[str], since: int | None) -> ClientState:
+        """What a client knows that begins, or that resumes after a seq at which it was complete."""
+        if since is None:
+            return ClientState(collected={})
+        known = ClientState(dict(self.history[min(since, len(self.history) - 1)]))
+        known.keep(patterns)
+        return known
 
     @precondition(lambda self: any(c.subscriptions for c in self.clients if c.protocol is ProtocolVersion.V1))
     @rule(data=st.data())
@@ -298,6 +414,7 @@ class DeliveryMachine(RuleBasedStateMachine):
         before = list(client.lines.get(pattern, ()))
         self.check(client, pattern, before, complete=False)
         del client.wanted[pattern]
+        client.states.pop(pattern, None)
         client.lines.pop(pattern, None)
 
     @precondition(lambda self: any(c.subscriptions for c in self.clients if c.protocol is ProtocolVersion.V1))
@@ -336,10 +453,30 @@ class DeliveryMachine(RuleBasedStateMachine):
         for _ in range(steps):
             next(self.serving, None)
 
+    @rule(rows=st.integers(1, 3))
+    def read_snapshot(self, rows: int) -> None:
+        self.continue_snapshot(inf)
+        request = self.delivery._snapshots.next_request()
+        self.snapshot_page = None if request is None else (request, self.log.retained_page(request, rows))
+
+    @precondition(lambda self: self.snapshot_page is not None)
+    @rule()
+    def begin_to_serve_snapshot(self) -> None:
+        assert self.snapshot_page is not None
+        self.serving_snapshot, self.snapshot_page = self.delivery._snapshots.serve(*self.snapshot_page), None
+        self.continue_snapshot(1)
+
+    @rule(steps=st.integers(1, 4))
+    def continue_snapshot(self, steps: float) -> None:
+        while steps > 0 and next(self.serving_snapshot, self) is not self:
+            self.delivery._make_room()
+            steps -= 1
+        self.delivery._make_room()
+
     @rule(steps=st.integers(1, 10))
     def idle(self, steps: int) -> None:
         """All clients read while nothing new is published."""
-        self.page = None
+        self.page = self.snapshot_page = None
         exhaust(self.serving)
         for _ in range(steps):
             for client in self.clients:
@@ -350,6 +487,10 @@ class DeliveryMachine(RuleBasedStateMachine):
         position = self.delivery.next_position()
         if position is not None:
             exhaust(self.delivery.serve(position, self.log.page(position, 3)))
+        self.read_snapshot(2)
+        if self.snapshot_page is not None:
+            self.begin_to_serve_snapshot()
+            self.continue_snapshot(inf)
 
     @precondition(lambda self: self.page is None)
     @rule(ahead=st.integers(0, 10))
@@ -372,8 +513,11 @@ class DeliveryMachine(RuleBasedStateMachine):
         held = {e.seq for c in self.clients for i in c.send_queue._items if isinstance(i, EncodedMessages)
                 for e in i.entries if e.seq}  # fmt: skip
         assert lowest == min(held, default=None)
-        self.page = None
+        self.page = self.snapshot_page = None
+        self.serving_snapshot = iter(())
+        self.erased |= seqs
         self.log.entries = [erased(e) if e.seq in seqs else e for e in self.log.entries]
+        self.log.kept.pop(channel, None)
         erasing = self.delivery.erase(seqs)
         for _ in range(steps):
             next(self.serving, None)
@@ -413,7 +557,8 @@ class DeliveryMachine(RuleBasedStateMachine):
         if not hasattr(self, "delivery"):
             return
         exhaust(self.serving)
-        for _ in range(3 * len(self.log.entries) * len(self.clients) + 20):
+        self.snapshot_page = None
+        for _ in range(3 * len(self.log.entries) * len(self.clients) + 60):
             for client in self.clients:
                 client.collect()
             self.catch_up()
@@ -439,16 +584,29 @@ class DeliveryMachine(RuleBasedStateMachine):
         found = (e for e in self.log.entries[after:] if any(matches(pattern, e.channel) for pattern in patterns))
         return [e.seq for e in found if e.origin != producer]
 
-    def check(self, client: Client, pattern: str, lines: Sequence[wire.ServerMessage], *, complete: bool) -> None:
-        """Between two gaps no message is missing or repeated, and a gap never covers a message that was sent."""
+    def check(
+        self, client: Client, pattern: str, lines: Sequence[wire.ServerMessage], *, complete: bool
+    ) -> ClientState | None:
+        """Between two gaps no message is missing or repeated, and a gap never covers a message that was sent.
+
+        Returns what the client knows of the retained messages.
+        """
         cursor = client.wanted[pattern]
-        due = self.owed_any([pattern] if pattern else client.patterns, client.producer, cursor)
+        patterns = [pattern] if pattern else client.patterns
+        due = self.owed_any(patterns, client.producer, cursor)
+        state = client.states.get(pattern)
+        if state is not None:
+            state = state.copy()
         for line in lines:
+            if state is not None:
+                state.take(line)
             match line:
                 case wire.ChannelMessage(seq=seq):
                     assert due and seq == due[0], f"{pattern}: got {seq}, owed {due[:3]}"
                     due.pop(0)
                     cursor = seq
+                case wire.Gap(first=first, last=last, reason="erasure"):
+                    assert state is not None and first == last + 1 and cursor <= last
                 case wire.Gap(first=first, last=last, reason=reason):
                     assert cursor < first <= last
                     assert self.log.is_gone(last)
@@ -458,13 +616,27 @@ class DeliveryMachine(RuleBasedStateMachine):
                     due = [seq for seq in due if seq > last]
                 case wire.Live(seq=seq) | wire.Head(seq=seq):
                     assert not due or due[0] > seq, f"{pattern}: complete up to {seq} without {due[:3]}"
+                    if state is not None and state.collected is None:
+                        self.check_state(state, patterns, seq)
         if complete:
             assert not due, f"{pattern}: never got {due[:3]}"
+            if state is not None and patterns and cursor <= len(self.log.entries):
+                assert state.collected is None, f"{pattern}: the snapshot is not complete"
+                self.check_state(state, patterns, len(self.log.entries))
+        return state
+
+    def check_state(self, state: ClientState, patterns: Sequence[str], seq: int) -> None:
+        """The state is that of a map fed with the log up to a seq. What was erased may have been received before."""
+        wanted = {c: s for c, s in self.history[seq].items() if any(matches(pattern, c) for pattern in patterns)}
+        known, wanted = ({c: s for c, s in found.items() if s not in self.erased} for found in (state.seqs, wanted))
+        assert known == wanted, f"{patterns}: knows {known} at {seq}, not {wanted}"
 
     def check_first_version(self, client: Client) -> None:
         got = [int(payload) for payload in client.stream]
         assert got == sorted(set(got)), "one copy of each message, in order"
         due = sorted({seq for p, start in client.wanted.items() for seq in self.owed(p, client.producer, start)})
+        # It recognizes messages by their payloads.
+        due = [seq for seq in due if self.log.entries[seq - 1].payload != b"null" or seq in self.erased]
         missing = set(due) - set(got)
         assert set(got) <= set(due)
         assert all(self.log.is_gone(seq) for seq in missing), "only deleted messages are missing"
@@ -473,9 +645,11 @@ class DeliveryMachine(RuleBasedStateMachine):
 @pytest.fixture(autouse=True)
 def one_message_per_checkpoint(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(delivery_module, "SERVED_PER_CHECKPOINT", 1)
+    monkeypatch.setattr(snapshots, "SERVED_PER_CHECKPOINT", 1)
+    monkeypatch.setattr(snapshots, "SNAPSHOT_BYTES", 250)
 
 
-DeliveryMachine.TestCase.settings = settings(max_examples=300, stateful_step_count=40, deadline=None)
+DeliveryMachine.TestCase.settings = settings(max_examples=3 * settings().max_examples, stateful_step_count=40)
 TestDelivery = DeliveryMachine.TestCase
 
 

@@ -1,4 +1,4 @@
-"""`docs/embedding.md` and `examples/shop.py`: the examples run, and the page shows the code of the application."""
+"""`docs/embedding.md` and `examples/embedding.py`: the examples run, and the page shows the code of the application."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from catbus import ErrorCode
 from tests.test_readme import examples
 
 ROOT = Path(__file__).parent.parent
-APPLICATION = ROOT / "examples" / "shop.py"
+APPLICATION = ROOT / "examples" / "embedding.py"
 PAGE = ROOT / "docs" / "embedding.md"
 EXAMPLES = examples(PAGE, "python")
 
@@ -32,7 +32,7 @@ EXAMPLES = examples(PAGE, "python")
 @asynccontextmanager
 async def shop() -> AsyncIterator[httpx.AsyncClient]:
     """The application as a process. It must end in order when it is told to."""
-    environment = {**os.environ, "CATBUS_WS_BIND": "127.0.0.1:0", "SHOP_BIND": "127.0.0.1:0", "PYTHONWARNINGS": "error"}
+    environment = {**os.environ, "CATBUS_WS_BIND": "127.0.0.1:0", "WEB_BIND": "127.0.0.1:0", "PYTHONWARNINGS": "error"}
     async with trio.open_nursery() as nursery:
         command = [sys.executable, str(APPLICATION)]
         start = partial(trio.run_process, command, env=environment, stderr=subprocess.PIPE)

@@ -76,7 +76,7 @@ async def test_names_of_erased_channels_are_in_no_statistics() -> None:
         assert [name for name, _ in delivery.channel_rates.report(now, 10).channels] == ["users.42"]
         await broker.erase("users.*")
         assert delivery.channel_rates.report(now, 10).channels == []
-        assert "users.42" not in delivery._live._cache
+        assert "users.42" not in delivery.trees.live._cache
 
 
 async def test_erasure_is_restricted_by_sender_and_time() -> None:

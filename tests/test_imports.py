@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -19,30 +20,32 @@ LAYERS = (
     {"limits"},
     {"auth"},
     {"config", "webtransport"},
-    {"log", "certificates"},
-    {"delivery", "session.effects", "session.hooks"},
+    {"log", "certificates", "processes.worker", "webhooks"},
+    {"delivery", "session.appends", "session.effects", "session.error_replies", "session.hooks"},
+    {"presence"},
     {"session.state_machine"},
     {"observability.runtime_statistics"},
     {
         "session.authentication",
         "session.heads",
-        "session.history_page",
+        "session.presence_watch",
         "session.publishing",
         "session.session_log",
         "session.transport_streams",
     },
     {"session.services"},
+    {"session.session_presence"},
     {"session.session_subscriptions"},
     {"session.driver"},
     {"session.session_report"},
     {"session.session_events"},
     {"replica"},
     {"postgres", "endpoints", "client", "http", "in_process"},
-    {"observability.metric_sources"},
+    {"observability.metric_sources", "worker"},
     {"observability.metric_table"},
     {"observability.metrics"},
     {"broker"},
-    {"testing"},
+    {"processes", "testing"},
     {"cli"},
     {"__main__"},
 )
@@ -63,18 +66,25 @@ NARROWER = {
         "config",
         "observability.histogram",
         "log",
+        "presence",
+        "webhooks",
     },
+    "webhooks": {"version"},
     "webtransport": {"close_codes", "error_codes", "errors"},
+    "worker": {"errors", "observability.loggers", "client.reconnect_policy"},
 }
 
 # Libraries that only these may import: a module, or a package with all in it.
 ONLY_IMPORTERS = {
     "aioquic": {"catbus.webtransport"},
-    "asyncpg": {"catbus.postgres.access.asyncpg_bridge"},
+    "asyncpg": {"catbus.postgres.access.asyncpg_bridge", "catbus.worker.async_worker"},
     "click": {"catbus.cli"},
     "prometheus_client": {"catbus.observability.metrics"},
+    "httpcore": {"catbus.webhooks.webhook_sender"},
     "hypothesis": {"catbus.testing"},
-    "trio_asyncio": {"catbus.postgres.access.asyncpg_bridge"},
+    "psycopg": {"catbus.worker.async_sessions", "catbus.worker.blocking_sessions"},
+    "sqlalchemy": {"catbus.worker.async_sessions", "catbus.worker.blocking_sessions"},
+    "trio_asyncio": {"catbus.postgres.access.asyncpg_bridge", "catbus.worker.trio_session"},
     "trio_websocket": {"catbus.endpoints.websocket"},
 }
 
@@ -100,8 +110,25 @@ PURE = {
     "limits.token_bucket",
     "limits.unauthenticated",
     "observability.histogram",
+    "presence.batches",
+    "presence.interface",
+    "presence.member_state",
+    "presence.mirror",
+    "presence.own_members",
+    "presence.table_follower",
+    "processes.merged_metrics",
+    "processes.restart_policy",
     "protocol",
+    "session.appends",
+    "session.error_replies",
     "session.state_machine",
+    "webhooks.delivery_schedule",
+    "webhooks.public_addresses",
+    "webhooks.signed_request",
+    "webhooks.verdicts",
+    "webtransport.connection_ids",
+    "worker.database_errors",
+    "worker.work_cycle",
 }
 IMPURE = {
     "anyio",
@@ -125,8 +152,13 @@ def name_of(path: Path) -> str:
     return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
 
 
-def imports(path: Path) -> Iterator[str]:
+@cache
+def imports(path: Path) -> frozenset[str]:
     """The full names of all modules that a module imports, in functions and for annotations, too."""
+    return frozenset(_imports(path))
+
+
+def _imports(path: Path) -> Iterator[str]:
     package = list(path.relative_to(ROOT).parent.parts)
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.Import):
@@ -246,7 +278,7 @@ def test_parser_of_imports_sees_every_form(tmp_path: Path, monkeypatch: pytest.M
     for name in ("version", "errors", "broker"):
         (tmp_path / "catbus" / f"{name}.py").touch()
     monkeypatch.setitem(globals(), "ROOT", tmp_path)
-    assert set(imports(module)) == {
+    assert imports(module) == {
         "trio", "asyncpg.pool", "catbus.version", "catbus.errors", "catbus.replica", "catbus.log.interface",
         "catbus.broker", "catbus.cli.commands.run", "catbus.client",
     }  # fmt: skip

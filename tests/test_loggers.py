@@ -51,7 +51,7 @@ def test_traceback_of_an_exception_is_logged_once() -> None:
 
 def test_number_of_remembered_events_is_bounded() -> None:
     lines = Lines()
-    for n in range(10_000):
+    for n in range(1000):
         lines.rate_limited.log(0, "down", kind="x" * n)
     assert len(lines.rate_limited._events) <= 64
 
@@ -70,3 +70,9 @@ def test_call_of_an_administrator_is_one_line(caplog: pytest.LogCaptureFixture) 
         "address": "10.0.0.1",
         "sessions": 2,
     }
+
+
+def test_call_that_only_reads_is_a_line_for_debugging(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("DEBUG", "catbus.audit")
+    log_admin_call("GET", "/api/sessions", 200, client_id="alice", address="10.0.0.1")
+    assert [line.levelname for line in caplog.records] == ["DEBUG"]

@@ -15,7 +15,6 @@ from trio.testing import MockClock, wait_all_tasks_blocked
 
 from catbus.delivery.fan_out import Delivery
 from catbus.delivery.message_pages import (
-    MAX_PAGE_BYTES,
     MAX_READS,
     MAX_ROWS,
     MessagePage,
@@ -23,6 +22,7 @@ from catbus.delivery.message_pages import (
     MissingRange,
     PageReader,
 )
+from catbus.delivery.page_size import MAX_PAGE_BYTES
 from catbus.delivery.send_queue import Budget
 from catbus.error_codes import ErrorCode
 from catbus.errors import PeerError, Unavailable
@@ -85,7 +85,7 @@ def seqs(page: MessagePage) -> list[int]:
 # Forward
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=settings().max_examples * 3 // 2)
 @given(data=st.data())
 def test_pages_read_to_the_end_have_every_message_once_and_in_order(data: st.DataObject) -> None:
     """Between any two reads, messages are published, dropped by retention, deleted and repaired."""
@@ -259,7 +259,7 @@ async def test_page_after_the_newest_message_is_empty() -> None:
 # Backward
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=settings().max_examples * 3 // 2)
 @given(data=st.data())
 def test_backward_pages_have_the_newest_messages_of_all_patterns(data: st.DataObject) -> None:
     log = ScriptedLog()

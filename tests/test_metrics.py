@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
 
@@ -20,6 +20,8 @@ from catbus.observability.histogram import Histogram
 from catbus.observability.metric_table import METRICS, SECTIONS, MetricDeclaration
 from tests.brokers import CONFIG, SECRET, TOKEN
 from tests.endpoints.raw_peer import Peer
+from tests.postgres.consumers import create
+from tests.postgres.sql import open_sql
 from tests.test_both_transports import discover
 
 DOCUMENT = (Path(__file__).parent.parent / "docs" / "metrics.md").read_text(encoding="utf-8")
@@ -100,9 +102,13 @@ def test_names_follow_the_conventions_of_prometheus() -> None:
 
 
 async def test_endpoint_serves_all_declared_metrics_with_their_labels(tmp_path: Path, database_url: str) -> None:
+    async with open_sql(database_url) as sql:
+        await create(sql)
     async with serving(tmp_path, database_url) as (_, address, _, _):
-        await scrape(address)  # before the first one, no request has been answered
-        _, families = await scrape(address)
+        families: Mapping[str, tuple[str, tuple[str, ...]]] = {}
+        # Before the first request no request has been answered, and at first no consumer was measured.
+        while "catbus_consumer_gaps" not in families or "catbus_http_requests_total" not in families:
+            _, families = await scrape(address)
     ours = {name: family for name, family in families.items() if name.startswith("catbus_")}
     assert ours == {name: (declared.kind, declared.labels) for name, declared in METRICS.items()}
     assert "process_resident_memory_bytes" in families

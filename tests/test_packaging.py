@@ -77,7 +77,7 @@ def test_every_third_party_import_is_declared() -> None:
             imported |= set(re.findall(r"^\s*(?:from|import) (\w+)", path.read_text(), re.MULTILINE))
     names = {"pyjwt": "jwt"}
     known = {names.get(name, name) for name in declared}
-    third_party = {"aioquic", "anyio", "asyncpg", "click", "cryptography", "h11", "httpx", "jwt", "msgspec"}
+    third_party = {"aioquic", "anyio", "asyncpg", "click", "cryptography", "h11", "httpcore", "httpx", "jwt", "msgspec"}
     third_party |= {"prometheus_client", "structlog", "trio", "trio_asyncio", "trio_websocket", "wsproto"}
     assert imported & third_party <= known
     assert third_party >= known
@@ -87,7 +87,9 @@ def requirements(key: str) -> list[str]:
     return setup_cfg()["options"][key].split()
 
 
-@pytest.mark.parametrize("target", ["help", "run", "test", "lint", "types", "format", "bench", "chaos", "clean"])
+@pytest.mark.parametrize(
+    "target", ["help", "run", "test", "mistakes", "lint", "types", "format", "bench", "chaos", "clean"]
+)
 def test_the_makefile_has_the_target(target: str) -> None:
     done = subprocess.run(["make", "--dry-run", target], cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr

@@ -27,7 +27,7 @@ def find(text: str, address: str) -> str:
 
 
 def test_every_example_is_python() -> None:
-    assert len(EXAMPLES) == 4
+    assert len(EXAMPLES) == 6
     for example in EXAMPLES:
         compile(example, "python-client.md", "exec", ast.PyCF_ALLOW_TOP_LEVEL_AWAIT)
 
@@ -44,6 +44,31 @@ async def test_a_trio_program(capsys: pytest.CaptureFixture[str]) -> None:
         exec(compile(find("import trio", address), "python-client.md", "exec"), names)
         await names["main"]()
     assert capsys.readouterr().out == "demo.trio {'n': 1}\n"
+
+
+async def test_a_counter_that_many_clients_change(capsys: pytest.CaptureFixture[str]) -> None:
+    [example] = [each for each in EXAMPLES if "ConflictError" in each]
+    names: dict[str, Any] = {}
+    exec(compile(example, "python-client.md", "exec"), names)
+    async with running() as (_, address):
+        url = f"ws://{address}/ws"
+        async with trio.open_nursery() as nursery:
+            for _ in range(8):
+                nursery.start_soon(names["count"], url, TOKEN)
+        async with catbus.connect(url, token=TOKEN) as bus, bus.retained("counters.*") as counters:
+            assert {channel: found.payload for channel, found in counters.items()} == {"counters.visits": 8}
+    assert len(capsys.readouterr().out.splitlines()) == 8
+
+
+async def test_a_chat(capsys: pytest.CaptureFixture[str]) -> None:
+    [example] = [each for each in EXAMPLES if "bus.join(" in each]
+    names: dict[str, Any] = {}
+    exec(compile(example, "python-client.md", "exec"), names)
+    async with running() as (_, address), catbus.connect(f"ws://{address}/ws", token=TOKEN) as bus:
+        await names["chat"](bus, "Alice")
+    here, change = capsys.readouterr().out.splitlines()
+    assert here == "here: ['Alice']"
+    assert change.endswith(" {'name': 'Alice', 'typing': True}")
 
 
 async def test_a_worker_whose_cursor_is_beside_its_effect(database_url: str) -> None:

@@ -18,7 +18,7 @@ import jwt
 import msgspec
 import pytest
 import trio
-from msgspec import Raw
+from msgspec import UNSET, Raw, UnsetType
 from msgspec.structs import FieldInfo
 from trio.testing import MockClock, wait_all_tasks_blocked
 
@@ -29,6 +29,7 @@ from catbus.auth.role_tokens import make_role_token, role_handle, role_key
 from catbus.auth.tokens import MAX_TOKEN, Authenticator, sign
 from catbus.close_codes import CloseCode
 from catbus.config import Config, LimitSettings
+from catbus.delivery.page_size import MAX_HISTORY
 from catbus.endpoints import queue_writer
 from catbus.endpoints.http import error_responses, http_connection, routes
 from catbus.endpoints.websocket import inbound_frame_limits, websocket_connection
@@ -41,6 +42,7 @@ from catbus.postgres import outbox_relay
 from catbus.postgres.access.asyncpg_bridge import DATABASE_ERRORS, sqlstate
 from catbus.postgres.listen import polling_interval
 from catbus.postgres.roles import role_lookup
+from catbus.presence.interface import MAX_INFO, MAX_MEMBERS
 from catbus.protocol import channels
 from catbus.protocol import wire_messages as wire
 from catbus.protocol.json_splitter import JsonSplitter
@@ -48,7 +50,6 @@ from catbus.protocol.wire_messages import ProtocolVersion, Reply, Request
 from catbus.replica import Replica
 from catbus.session.driver import client_limits
 from catbus.session.heads import HEAD_INTERVAL
-from catbus.session.history_page import MAX_HISTORY
 from catbus.webtransport import ConnectionLimits
 from tests.postgres.sql import open_sql
 from tests.test_replica import Roles
@@ -190,10 +191,12 @@ TYPES: dict[Any, str] = {
     int: "integer",
     float: "number",
     Raw: "JSON",
+    Raw | UnsetType: "JSON",
     ErrorCode: "code",
     wire.Number: "count",
     dict[str, int]: "integers by name",
     list[wire.ChannelMessage]: "list of `message`",
+    list[wire.ChannelMember]: "list of members",
 }
 
 
@@ -223,6 +226,15 @@ def is_nullable(field: FieldInfo) -> bool:
     return NoneType in get_args(field.type)
 
 
+def test_member_has_the_fields_of_the_table() -> None:
+    rows = table(section("Publishing"), "Field", "Type", "Sent", "Meaning")
+    defined = [
+        (field.encode_name, type_in_words(field), "always" if field.required else "optional")
+        for field in msgspec.structs.fields(wire.ChannelMember)
+    ]
+    assert [(*quoted(row["Field"]), row["Type"], row["Sent"]) for row in rows] == defined
+
+
 def fixed(rows: list[Row]) -> list[str] | None:
     """The fields of a message that are marked as part of the first version, or None if the message is not."""
     marked = [name for row in rows for name in quoted(row["Field"]) if row["Field"].endswith("*")]
@@ -244,9 +256,10 @@ def test_request_has_the_fields_of_the_table(name: str) -> None:
     defined = []
     for field in msgspec.structs.fields(REQUESTS[name]):
         assert is_nullable(field) is (not field.required and field.default is None)
-        value = (
-            "none" if field.default is None else f"`{json.dumps(field.default)}`" if not field.required else "required"
-        )
+        if field.required:
+            value = "required"
+        else:
+            value = "none" if field.default in (None, UNSET) else f"`{json.dumps(field.default)}`"
         defined.append((field.encode_name, type_in_words(field), value))
     assert listed == defined
 
@@ -353,9 +366,13 @@ def test_advice_for_publish_errors_agrees_with_the_retryable_codes() -> None:
             key = re.sub(r"\W", " ", row["What to do"]).split(" id")[0].split()[-1]
             advice.setdefault(key, set()).update(quoted(codes))
     of_auth = {ErrorCode.AUTH_TIMEOUT, ErrorCode.TOKEN_NOT_VALID_YET}
-    assert advice == {"new": RETRYABLE - of_auth - {ErrorCode.UNKNOWN}, "same": {ErrorCode.UNKNOWN}, "again": set()}, (
-        advice
-    )
+    new = RETRYABLE - of_auth - {ErrorCode.UNKNOWN}
+    assert advice == {
+        "new": new,
+        "same": {ErrorCode.UNKNOWN},
+        "message": {ErrorCode.CONFLICT},
+        "again": set(),
+    }, advice
 
 
 # Limits
@@ -376,6 +393,8 @@ CONSTANTS = {
     "bytes of a channel or pattern": channels.MAX_LENGTH,
     "segments of a channel or pattern": channels.MAX_SEGMENTS,
     "nesting depth of an object from a client": wire.MAX_DEPTH,
+    "bytes of the `info` of a member": MAX_INFO,
+    "members in a page, of about 1 MiB together": MAX_MEMBERS,
     "bytes of a token": MAX_TOKEN,
     "seconds for the lookup of a role": role_lookup.LOOKUP_TIMEOUT,
     "seconds without the database during which roles keep their permissions": live_permissions.MAX_STALENESS,
@@ -610,6 +629,8 @@ async def running(config: Config) -> AsyncIterator[Replica]:
         await nursery.start(replica.log.run, replica.delivery)
         nursery.start_soon(replica.delivery.run)
         nursery.start_soon(replica.revocations.run)
+        nursery.start_soon(replica.presence.run)
+        nursery.start_soon(replica.presence_feeder.run)
         await replica.revoke_client("alice", 1.0)
         yield replica
         nursery.cancel_scope.cancel()
@@ -668,8 +689,21 @@ EVENTS: dict[str, Any] = {
     "`publish`, no grant matches it": publish(channel="projects"),
     "`publish`, `ephemeral`, over `ephemeral_size`": publish(ephemeral=True, payload="x" * EPHEMERAL_SIZE),
     "`publish`, `retry` without `id`, `after` or `epoch`": publish(retry=True, id=1, after=0),
+    "`publish`, `expect` without `retain`": publish(expect=0),
+    "`publish`, `retain` with `ephemeral`": publish(retain=True, ephemeral=True),
+    "`publish`, `expect` is not the retained seq": publish(retain=True, expect=1),
     "`history`": {"type": "history", "pattern": "project.a"},
     "`history`, no grant covers it": {"type": "history", "pattern": "projects"},
+    "`join`": {"type": "join", "channel": "project.a"},
+    "`join`, not a channel": {"type": "join", "channel": "project.*"},
+    "`join`, no grant covers it": {"type": "join", "channel": "projects"},
+    "`join`, `info` over 1,024 bytes": {"type": "join", "channel": "project.a", "info": "x" * 1023},
+    "`join`, too many channels": {"type": "join", "channel": "project.b"},
+    "`leave`": {"type": "leave", "channel": "project.a"},
+    "`leave`, not a channel": {"type": "leave", "channel": "project.*"},
+    "`members`": {"type": "members", "pattern": "project.a"},
+    "`members`, no grant covers it": {"type": "members", "pattern": "projects"},
+    "`members`, `after` of another origin": {"type": "members", "pattern": "project.a", "after": "x"},
     "`ping`": {"type": "ping", "seq": 1},
     "an object that does not decode": {"type": "nonsense"},
     "anything else between objects": b"[]",
@@ -698,7 +732,7 @@ async def test_session_changes_state_as_in_the_table(
     elif protocol is ProtocolVersion.FIRST:
         replies = ["subscribe_error" if name == "revoked" else name for name in replies]
         replies, codes = [name for name in replies if REPLIES[name].fixed is not None], []
-    config = Config(limits=LimitSettings(subscriptions=1, message_size=10_000))
+    config = Config(limits=LimitSettings(subscriptions=1, joined_channels=1, message_size=10_000))
     async with running(config) as replica:
         if "never been reachable" in event:
             replica = Replica(config, MemoryLog(), Authenticator([SECRET]))
@@ -709,6 +743,8 @@ async def test_session_changes_state_as_in_the_table(
             session.protocol = protocol
         else:
             await peer.send(auth(protocol), subscribe("project.*"))
+            if "too many channels" in event:
+                await peer.send({"type": "join", "channel": "project.a"})
         if state == "closed":
             peer.client.close(CloseCode.INTERNAL, "")
         before = session.state

@@ -74,7 +74,7 @@ def is_empty(tree: TopicTree[int]) -> bool:
 
 
 TestTreeAgainstPairs = TreeAgainstPairs.TestCase
-TestTreeAgainstPairs.settings = settings(max_examples=100, stateful_step_count=40)
+TestTreeAgainstPairs.settings = settings(stateful_step_count=40)
 
 
 def test_widest_pattern_comes_first() -> None:

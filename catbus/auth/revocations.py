@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Mapping, Set
+from collections.abc import Callable, Mapping, Set
+from functools import partial
 from math import inf
 from time import perf_counter
 from typing import Protocol
@@ -132,32 +133,29 @@ class Revocations:
             self._work = trio.Event()
             while self._unchecked or self._disconnected:
                 if self._unchecked:
-                    await self._close_sessions(self._unchecked.pop())
+                    client_id = self._unchecked.pop()
+                    before = self._issued_before.get(client_id, -inf)
+                    await self._close_each(client_id, partial(self._revoke_session, client_id, before))
                 else:
-                    await self._disconnect_sessions(self._disconnected.pop())
+                    await self._close_each(self._disconnected.pop(), lambda session: session.disconnect())
 
-    async def _disconnect_sessions(self, client_id: str) -> None:
+    async def _close_each(self, client_id: str, close: Callable[[RevocableSession], None]) -> None:
+        """Call `close` for the sessions of a client, and let other tasks run in between."""
         began = perf_counter()
         for session in list(self._sessions.get(client_id, ())):
-            # Meanwhile it may have ended.
+            # Meanwhile the session may have ended, or be another client's.
             if self._client_ids.get(session) == client_id:
-                session.disconnect()
+                close(session)
             if perf_counter() - began > MAX_CLOSING_TIME:
                 await trio.lowlevel.checkpoint()
                 began = perf_counter()
 
-    async def _close_sessions(self, client_id: str) -> None:
-        before = self._issued_before.get(client_id, -inf)
-        began = perf_counter()
-        for session in list(self._sessions.get(client_id, ())):
-            # Meanwhile the session may have ended, or have another token.
-            if self._sessions.get(client_id, {}).get(session, inf) < before:
-                self.remove(session)
-                session.revoke_token()
-                self.closed += 1
-            if perf_counter() - began > MAX_CLOSING_TIME:
-                await trio.lowlevel.checkpoint()
-                began = perf_counter()
+    def _revoke_session(self, client_id: str, before: float, session: RevocableSession) -> None:
+        # Meanwhile the session may have another token.
+        if self._sessions[client_id][session] < before:
+            self.remove(session)
+            session.revoke_token()
+            self.closed += 1
 
     def _put(self, revocations: Mapping[str, float]) -> None:
         """Take changed revocations."""

@@ -57,6 +57,18 @@ ca_option = click.option(
 )
 
 
+def timeout_option(text: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Make the option `--timeout`, in seconds."""
+    return click.option(
+        "--timeout",
+        type=click.FloatRange(min=0, min_open=True),
+        default=30.0,
+        show_default=True,
+        metavar="SECONDS",
+        help=text,
+    )
+
+
 @dataclass(frozen=True, slots=True)
 class ConnectionOptions:
     """The broker to connect to, and the token, or None if there is none."""

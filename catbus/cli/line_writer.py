@@ -12,6 +12,7 @@ from typing import TextIO
 import trio
 
 from ..observability.loggers import dropped_log_lines
+from .unthreaded_line_writer import UnthreadedLineWriter
 
 MAX_QUEUED_BYTES = 1 << 20
 """Bytes that may wait for the reader. Above it, lines are dropped until the queue is empty."""
@@ -129,11 +130,14 @@ def _drop_notice(number: int) -> bytes:
     return b"catbus: %d lines were dropped, because the output was not read\n" % number
 
 
-_writers: dict[int, LineWriter] = {}
+OutputWriter = LineWriter | UnthreadedLineWriter
+
+_make_writer: type[LineWriter] | type[UnthreadedLineWriter] = LineWriter
+_writers: dict[int, OutputWriter] = {}
 """Writers by file descriptor, so that log lines and other lines of the same output keep their order."""
 
 
-def writer_of(stream: TextIO) -> LineWriter | None:
+def writer_of(stream: TextIO) -> OutputWriter | None:
     """Return the writer for the file descriptor of a stream, or None for a stream in memory, which does not block."""
     try:
         descriptor = stream.fileno()
@@ -141,7 +145,7 @@ def writer_of(stream: TextIO) -> LineWriter | None:
         return None
     if descriptor not in _writers:
         stream.flush()
-        _writers[descriptor] = LineWriter(descriptor)
+        _writers[descriptor] = _make_writer(descriptor)
     return _writers[descriptor]
 
 
@@ -166,6 +170,13 @@ def _write_all(data: bytes) -> None:
     # Bypass sys.stdout, so that nothing remains in a buffer.
     while data:
         data = data[os.write(1, data) :]
+
+
+def use_threads(allowed: bool) -> None:
+    """Close all writers, and make the next ones with threads, as at first, or without, for a process that forks."""
+    global _make_writer
+    close_writers()
+    _make_writer = LineWriter if allowed else UnthreadedLineWriter
 
 
 def close_writers() -> None:

@@ -10,7 +10,7 @@ import structlog
 from structlog.typing import Processor
 
 from ..config import parse_levels
-from .line_writer import LineWriter, writer_of
+from .line_writer import OutputWriter, writer_of
 from .log_redaction import redact_events
 
 # The loggers of some libraries have other names than the library.
@@ -60,7 +60,7 @@ def configure_logging(levels: str, form: str, stream: TextIO, *, secrets: Iterab
 class _LineHandler(logging.Handler):
     """Formats records in the calling thread, and passes the lines to a writer."""
 
-    def __init__(self, writer: LineWriter) -> None:
+    def __init__(self, writer: OutputWriter) -> None:
         super().__init__()
         self._writer = writer
         writer.replace_notice(self._format_notice)

@@ -18,8 +18,8 @@ from .log_configuration import configure_logging
 from .log_redaction import redact_text
 
 COMMANDS = (
-    *("run", "check", "init", "repair", "erase", "grant", "token", "role", "revoke"),
-    *("status", "sessions", "channels", "disconnect", "pub", "sub", "fuzz"),
+    *("run", "check", "init", "repair", "erase", "consumer", "grant", "token", "role", "revoke"),
+    *("status", "sessions", "channels", "disconnect", "pub", "sub", "get", "set", "presence", "fuzz"),
 )
 """The commands in the order of `--help`. Each is a module of `commands`, imported when it is used."""
 
@@ -57,7 +57,7 @@ def catbus(context: click.Context, debug: bool, version: bool) -> None:
 
 
 def main(arguments: Sequence[str] | None = None) -> NoReturn:
-    """Run the command and exit: 0 for success, 1 for a failure, 2 for wrong usage."""
+    """Run the command and exit: 0 for success, 1 for a failure, 2 for wrong usage, 3 for a conflict."""
     arguments = sys.argv[1:] if arguments is None else list(arguments)
     # Client commands write only their results to stdout. `run` configures its own logging.
     configure_logging("warning", "auto", sys.stderr)
@@ -94,7 +94,7 @@ def explain_error(error: BaseException) -> tuple[int, str]:
         case click.UsageError():
             return 2, _one_line(_with_hint(chosen))
         case click.ClickException():
-            return 1, _one_line(chosen.format_message())
+            return chosen.exit_code, _one_line(chosen.format_message())
         case CatbusError():
             return 1, _one_line(str(chosen))
         case BrokenPipeError():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from datetime import UTC, datetime
 
 _LONGEST_NAME = 60
 """Characters of a name that a table shows."""
@@ -29,3 +30,8 @@ def format_duration(seconds: float) -> str:
         if seconds >= length:
             return f"{seconds // length} {unit} {seconds % length // smaller} {small}"
     return f"{seconds} s"
+
+
+def format_time(time: datetime) -> str:
+    """Return a time in UTC, as RFC 3339 has it."""
+    return time.astimezone(UTC).strftime("%Y-%m-%dT%H:%M:%S.%fZ")

@@ -72,6 +72,18 @@ def check_integer(name: str, value: object, least: int, most: int = MAX_NUMBER) 
     return value
 
 
+def check_retain(expect: object, *, retain: bool, ephemeral: bool, echo: bool) -> None:
+    """Check the arguments of a publish that sets the retained message of a channel."""
+    if expect is not None:
+        check_integer("expect", expect, 0)
+        if not retain:
+            raise ValueError("expect: only with retain")
+    if retain and ephemeral:
+        raise ValueError("retain: not with ephemeral, which is not in the log")
+    if retain and not echo:
+        raise ValueError("retain: only with echo, by which the live maps of this client learn of it")
+
+
 def check_flags(**values: object) -> None:
     for name, value in values.items():
         if not isinstance(value, bool):

@@ -1,4 +1,4 @@
-"""The objects that an application uses: the `Bus`, and the `Messages` of a subscription."""
+"""The `Bus`: the calls of an application."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ from functools import partial
 from typing import Any, Literal, TypeVar, overload
 
 import anyio
-from anyio.lowlevel import checkpoint
 from msgspec import Raw
 from msgspec.structs import force_setattr
 
@@ -21,106 +20,32 @@ from .argument_checks import (
     check_integer,
     check_name,
     check_position,
+    check_retain,
     check_text,
     encode_cursor,
 )
+from .channel_memberships import MembershipHandle
 from .connection_supervisor import ConnectionSupervisor
 from .in_flight_requests import PendingReply, PublishBatch
-from .message_queue import CursorUpdate, Event, InitialHistory, MessageQueue, QueuePhase
+from .live_map import LiveMap
+from .live_state import K, V
+from .membership import Membership, encode_info, send_info
+from .message_queue import Event, InitialHistory
+from .messages import Messages
+from .presence_queue import PresenceQueue
 from .reconnect_policy import State
-from .server_messages import Gap, Message, Page, encode_payload
+from .retained_queue import RetainedQueue
+from .server_messages import MemberKey, Message, Page, PresentMember, encode_payload
 from .signals import Signal
-
-MESSAGES_PER_CHECKPOINT = 100
-"""Messages that an iteration returns before it lets other tasks run."""
+from .state_queue import StateQueue
 
 AUTH_OVERHEAD = 200
 """The largest size of an `auth` without its token, in bytes."""
 
+MEMBERS_PER_PAGE = 1000
+"""Members that are requested at once: the broker sends no more."""
+
 T = TypeVar("T")
-
-
-class Messages(AsyncIterator[Message]):
-    """The messages of one subscription, in the order of their seqs.
-
-    The iteration continues after the loss of a connection: no message is missing, and none is repeated. It raises
-    `Refused` with the code `revoked` if the permission is withdrawn, or with another code if the broker rejects the
-    subscription on the next connection. It raises `Disconnected` if there will be no further connection, after the
-    messages that have already arrived. Cancelling it loses no message.
-    """
-
-    def __init__(
-        self,
-        queue: MessageQueue,
-        supervisor: ConnectionSupervisor,
-        signal: Signal,
-        on_event: Callable[[Event], None] | None,
-    ) -> None:
-        self.gaps: list[Gap] = []
-        """The messages that may be missing, oldest first."""
-        self._queue = queue
-        self._supervisor = supervisor
-        self._signal = signal
-        self._on_event = on_event
-        self._low = queue.limit // 2
-        self._since_checkpoint = 0
-
-    @property
-    def pattern(self) -> str:
-        return self._queue.pattern
-
-    @property
-    def cursor(self) -> int:
-        """The seq up to which the subscription is complete. Resume there, with `epoch`.
-
-        It includes the last message that the iteration returned. Store it after that message has been processed.
-        """
-        return self._queue.cursor
-
-    @property
-    def epoch(self) -> str:
-        """The epoch of the log to which `cursor` belongs."""
-        return self._queue.epoch
-
-    @property
-    def resume_from(self) -> str:
-        """`cursor` and `epoch` as opaque text for `since`."""
-        return encode_cursor(self._queue.cursor, self._queue.epoch)
-
-    async def __anext__(self) -> Message:
-        queue = self._queue
-        items = queue.items
-        if self._since_checkpoint >= MESSAGES_PER_CHECKPOINT:
-            await checkpoint()
-            self._since_checkpoint = 0
-        while True:
-            if items:
-                item = items.popleft()
-                if queue.notify_half_empty and len(items) <= self._low:
-                    self._supervisor.subscriptions.queue_drained(queue)
-                    self._supervisor.signals.notify_request()
-                if type(item) is Message:
-                    if item.seq is not None:
-                        queue.cursor = item.seq
-                        force_setattr(item, "epoch", queue.epoch)
-                    self._since_checkpoint += 1
-                    return item
-                self._apply(item)  # type: ignore[arg-type]
-            elif queue.error is not None:
-                raise Refused(queue.error.code, queue.error.message)
-            elif queue.phase is QueuePhase.ENDED:
-                raise StopAsyncIteration
-            else:
-                self._supervisor.check_not_closed()
-                self._since_checkpoint = 0
-                await self._supervisor.signals.wait_for_message(self._signal)
-
-    def _apply(self, update: CursorUpdate) -> None:
-        self._queue.cursor, self._queue.epoch = update.cursor, update.epoch
-        if isinstance(update.event, Gap):
-            self.gaps.append(update.event)
-        if self._on_event is not None and update.event is not None:
-            self._on_event(update.event)
 
 
 class Bus:
@@ -175,23 +100,44 @@ class Bus:
 
     @property
     def limits(self) -> dict[str, int]:
-        """The limits of the broker by name: `message_size` (bytes), `subscriptions`, `pending_publishes`."""
+        """The limits of the broker by name: `message_size` (bytes), `subscriptions`, `pending_publishes`,
+        `joined_channels`."""
         return dict(self._supervisor.protocol.limits)
 
     @overload
     async def publish(
-        self, channel: str, payload: Any, *, ephemeral: Literal[False] = False, echo: bool = True
+        self,
+        channel: str,
+        payload: Any,
+        *,
+        ephemeral: Literal[False] = False,
+        echo: bool = True,
+        retain: bool = False,
+        expect: int | None = None,
     ) -> int: ...
 
     @overload
     async def publish(self, channel: str, payload: Any, *, ephemeral: bool, echo: bool = True) -> int | None: ...
 
-    async def publish(self, channel: str, payload: Any, *, ephemeral: bool = False, echo: bool = True) -> int | None:
+    async def publish(
+        self,
+        channel: str,
+        payload: Any,
+        *,
+        ephemeral: bool = False,
+        echo: bool = True,
+        retain: bool = False,
+        expect: int | None = None,
+    ) -> int | None:
         """Publish a JSON value and return its seq once it is committed.
 
         An ephemeral message is delivered to the present subscribers only, and has no seq (None). With `echo=False` the
         subscriptions of this client do not receive it. A payload may be any value that msgspec encodes (NaN and
         infinities become null), or a `msgspec.Raw` that holds JSON.
+
+        With `retain` it becomes the retained message of the channel, in place of the one before; a payload None removes
+        that. With `expect` too it is published only if that is the seq of the channel's retained message, or if there
+        is none and `expect` is 0. Otherwise `ConflictError` is raised, a `Refused` whose `seq` is the present one.
 
         If the connection is lost before the reply, or the broker does not know the outcome, the message is sent again,
         and is in the log once; later publishes wait for that. An ephemeral message is not sent again, and ends as
@@ -199,7 +145,8 @@ class Bus:
         publishes as the broker allows may wait for their replies; further calls wait for room. A publish that a
         draining replica rejects goes to the next replica, unless a later one is already published.
 
-        Raises `TypeError` for a payload that has no JSON form, before anything is sent. After `Refused` the message is
+        Raises `TypeError` for a payload that has no JSON form, and `ValueError` for arguments that exclude each other,
+        before anything is sent. After `Refused` the message is
         not published and never will be, unless the code is `unknown`: then the outcome could not be found out, for
         example because the log has another epoch. The outcome is also unknown after `Disconnected`, which means that
         there will be no further connection, and after a cancellation of a publish that was sent.
@@ -207,22 +154,26 @@ class Bus:
         signal = Signal()
         batch = PublishBatch(1, signal.notify)
         check_name("channel", channel, check_channel)
-        check_flags(ephemeral=ephemeral, echo=echo)
-        await self._publish([(0, channel, encode_payload(payload))], batch, signal, ephemeral=ephemeral, echo=echo)
+        check_flags(ephemeral=ephemeral, echo=echo, retain=retain)
+        check_retain(expect, retain=retain, ephemeral=ephemeral, echo=echo)
+        options = {"ephemeral": ephemeral, "echo": echo, "retain": retain, "expect": expect}
+        await self._publish([(0, channel, encode_payload(payload))], batch, signal, options)
         [result] = batch.results
         if isinstance(result, Refused):
             raise result
         return result
 
     async def publish_many(
-        self, messages: Iterable[tuple[str, Any]], *, ephemeral: bool = False, echo: bool = True
+        self, messages: Iterable[tuple[str, Any]], *, ephemeral: bool = False, echo: bool = True, retain: bool = False
     ) -> list[int | Refused | None]:
         """Publish pairs of a channel and a payload, in order, in as few frames as possible.
 
+        With `retain` each becomes the retained message of its channel; of several for one channel, the last one stays.
         Returns for each its seq (None for an ephemeral message) or a `Refused`. Otherwise as `publish`: after
         `Disconnected` each of them may be committed.
         """
-        check_flags(ephemeral=ephemeral, echo=echo)
+        check_flags(ephemeral=ephemeral, echo=echo, retain=retain)
+        check_retain(None, retain=retain, ephemeral=ephemeral, echo=echo)
         requests = []
         rejected = []
         for place, message in enumerate(messages):
@@ -239,7 +190,7 @@ class Bus:
         batch = PublishBatch(len(requests) + len(rejected), signal.notify)
         for place, reason in rejected:
             batch.settle(place, reason)
-        await self._publish(requests, batch, signal, ephemeral=ephemeral, echo=echo)
+        await self._publish(requests, batch, signal, {"ephemeral": ephemeral, "echo": echo, "retain": retain})
         return batch.results
 
     @asynccontextmanager
@@ -323,6 +274,83 @@ class Bus:
             subscriptions.unsubscribe(queue)
             supervisor.signals.notify_request()
 
+    @asynccontextmanager
+    async def retained(self, pattern: str) -> AsyncIterator[LiveMap[str, Message]]:
+        """Keep the retained messages of the channels that match `pattern`, in a mapping by channel.
+
+            async with bus.retained("todo.*") as todos:
+                print(todos["todo.7"].payload)
+                async for change in todos.changes():
+                    print(change.key, change.value)
+
+        The block begins when the mapping is complete. After the loss of a connection it resumes, or if messages may be
+        missing is replaced as a whole; the changes tell only the differences. It never goes back to an older state,
+        except in another epoch of the log. An ephemeral message does not change it, nor one without `retain`.
+
+        While it is open the client reads all that the broker sends, also for subscriptions whose buffer is full.
+
+        Raises `Refused`; `TypeError` for a wrong argument.
+        """
+        check_name("pattern", pattern, check_pattern)
+        signal = Signal()
+        async with self._keep(RetainedQueue(pattern, signal.notify), signal) as messages:
+            yield messages
+
+    @asynccontextmanager
+    async def presence(self, pattern: str) -> AsyncIterator[LiveMap[MemberKey, PresentMember]]:
+        """Keep the members of the channels that match `pattern`, in a mapping by their `key`.
+
+        A member is a client, with the number of its sessions in the channel, or a session without a client_id. The
+        block begins when the mapping is complete. A member that loses its connection is a member until the grace of the
+        broker has passed. A client that is slow gets the state of a member, not every step.
+
+        Raises `Refused`; `TypeError` for a wrong argument.
+        """
+        check_name("pattern", pattern, check_pattern)
+        signal = Signal()
+        async with self._keep(PresenceQueue(pattern, signal.notify), signal) as members:
+            yield members
+
+    async def members(self, pattern: str) -> list[PresentMember]:
+        """Return the present members of the channels that match `pattern`, in the order of the channels.
+
+        They are read in pages: one that joins or leaves meanwhile may be in the list or not. Raises `Refused`;
+        `TypeError` for a wrong argument.
+        """
+        check_name("pattern", pattern, check_pattern)
+        members: list[PresentMember] = []
+        after: str | None = None
+        while True:
+            request = partial(self._supervisor.in_flight.members, pattern, MEMBERS_PER_PAGE, after)
+            page = await self._wait_for_reply(request)
+            members += map(PresentMember.read, page.members)
+            after = page.next
+            if after is None:
+                return members
+
+    @asynccontextmanager
+    async def join(self, channel: str, info: Any = None) -> AsyncIterator[Membership]:
+        """Be a member of a channel during the block. `info` is a JSON value for other members, at most 1,024 bytes.
+
+        The block begins when the broker has accepted it. Each next connection joins again, with the newest info.
+        Leaving the block does not wait for the broker. Several blocks may join one channel: the newest info counts, and
+        the session leaves with the last of them.
+
+        Raises `Refused`, for example without a read grant for the channel, or with the code `limit` if the client is in
+        as many channels as `limits["joined_channels"]`; `TypeError` for a wrong argument.
+        """
+        check_name("channel", channel, check_channel)
+        data = encode_info(info)
+        supervisor = self._supervisor
+        supervisor.check_not_closed()
+        handle = MembershipHandle(channel)
+        try:
+            await send_info(supervisor, handle, data)
+            yield Membership(handle, supervisor)
+        finally:
+            supervisor.memberships.leave(handle)
+            supervisor.signals.notify_request()
+
     async def history(self, pattern: str, *, limit: int = 100, before: int | str | None = None) -> Page:
         """Return the newest messages that match, below `before`, oldest first. `Page.more`: there are older ones.
 
@@ -360,14 +388,31 @@ class Bus:
         check_text("token", token, None if limit is None else limit - AUTH_OVERHEAD)
         await self._supervisor.authenticate(token)
 
+    @asynccontextmanager
+    async def _keep(self, queue: StateQueue[K, V], signal: Signal) -> AsyncIterator[LiveMap[K, V]]:
+        """Keep the state of a queue up to date during the block, which begins when it is complete."""
+        supervisor = self._supervisor
+        supervisor.check_not_closed()
+        supervisor.subscriptions.add(queue)
+        try:
+            supervisor.signals.notify_request()
+            with supervisor.signals.reading():
+                while not queue.ready:
+                    if queue.error is not None:
+                        raise queue.error
+                    supervisor.check_not_closed()
+                    await signal.wait()
+                yield LiveMap(queue, supervisor, signal)
+        finally:
+            supervisor.subscriptions.unsubscribe(queue)
+            supervisor.signals.notify_request()
+
     async def _publish(
         self,
         requests: Iterable[tuple[int, str, Raw]],
         batch: PublishBatch,
         signal: Signal,
-        *,
-        ephemeral: bool,
-        echo: bool,
+        options: dict[str, Any],
     ) -> None:
         supervisor, in_flight = self._supervisor, self._supervisor.in_flight
         try:
@@ -375,7 +420,7 @@ class Bus:
                 if supervisor.congested:
                     await supervisor.wait_for_room()
                 supervisor.check_not_closed()
-                in_flight.publish(channel, payload, batch, place, ephemeral=ephemeral, echo=echo)
+                in_flight.publish(channel, payload, batch, place, **options)
             supervisor.signals.notify_request()
             while batch.missing:
                 supervisor.check_not_closed()

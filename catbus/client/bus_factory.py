@@ -13,9 +13,10 @@ import anyio
 from .argument_checks import check_flags, check_function, check_seconds, check_text
 from .broker_address import make_ssl_context, parse_address
 from .bus import Bus
-from .connection_supervisor import BusEvent, ConnectionSupervisor, Token
+from .connection_supervisor import BusEvent, ConnectionSupervisor
 from .happy_eyeballs import Dial, TransportRace
 from .reconnect_policy import Backoff
+from .token_source import Token
 from .websocket_transport import open_websocket
 
 

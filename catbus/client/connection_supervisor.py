@@ -10,12 +10,10 @@ from contextlib import suppress
 import anyio
 import anyio.abc
 
-from ..close_codes import CloseCode
-from ..error_codes import ErrorCode
 from ..errors import Disconnected, Refused
 from ..protocol.wire_messages import AuthOk, Error, GoAway
 from .active_connection import ActiveConnection
-from .argument_checks import check_text
+from .channel_memberships import ChannelMemberships
 from .in_flight_requests import InFlightRequests
 from .protocol_connection import ProtocolConnection
 from .reconnect_policy import (
@@ -32,11 +30,10 @@ from .reconnect_policy import (
 from .signals import ClientSignals, Signal
 from .subscription_manager import SubscriptionManager
 from .token_renewal import renewal_delay
+from .token_source import Token, TokenSource, final_token_error
 from .transport_interface import Transport
 
 BusEvent = GoAway | Error | Reconnecting | Reconnected | Ended
-
-Token = str | Callable[[], Awaitable[str | None]]
 
 MAX_UNSENT_BYTES = 256 * 1024
 """Bytes that may wait to be sent before `publish` waits for room."""
@@ -77,11 +74,12 @@ class ConnectionSupervisor:
         self._retry_needed = Signal()
         self.in_flight = InFlightRequests(reconnects=backoff is not None, on_retry=self._retry_needed.notify)
         self.subscriptions = SubscriptionManager(self.in_flight.next_id, on_retry=self._retry_needed.notify)
+        self.memberships = ChannelMemberships(self.in_flight.next_id, on_retry=self._retry_needed.notify)
         self.signals = ClientSignals()
         self.protocol = self._new_protocol(on_event)
         self._tasks = tasks
         self._dial = dial
-        self._token = token
+        self._tokens = TokenSource(token)
         self._backoff = backoff
         self._timeout = timeout
         self._keepalive = keepalive
@@ -143,8 +141,7 @@ class ConnectionSupervisor:
             await self.wait_connected()
             reply = await self._authenticate(self.protocol, token)
             if reply is not None:
-                if isinstance(self._token, str):
-                    self._token = token
+                self._tokens.renew(token)
                 return
 
     # Connections
@@ -234,17 +231,17 @@ class ConnectionSupervisor:
                 due = anyio.current_time() + self._delay_after(reason)
             await self._wait_until(due, old, reason)
             self._failures += 1
-            token = self._token
+            token = self._tokens.fixed
             try:
                 new = await self._open()
                 await self._switch(old, new)
             except (Refused, Disconnected) as error:
                 reason, due = error, None
                 continue
-            if self._token is not token and isinstance(self._token, str):
+            if (renewed := self._tokens.fixed) is not None and renewed is not token:
                 # The application renewed it meanwhile, on the old connection.
                 with suppress(Refused, Disconnected):
-                    await self._authenticate(new.protocol, self._token)
+                    await self._authenticate(new.protocol, renewed)
             return new
 
     async def _wait_until(self, due: float, old: ActiveConnection, reason: Disconnected | Refused | None) -> None:
@@ -264,7 +261,7 @@ class ConnectionSupervisor:
     async def _open(self, dial: Callable[[], Awaitable[Transport]] | None = None) -> ActiveConnection:
         """Connect and authenticate. Raises `Disconnected` and `Refused`, and leaves nothing open then."""
         timed_out = Disconnected(f"the broker did not answer within {self._timeout:g} s")
-        token = await self._request_token()
+        token = await self._tokens.request()
         try:
             with anyio.fail_after(self._timeout) as limit:
                 transport = await (dial or self._dial)()
@@ -291,7 +288,7 @@ class ConnectionSupervisor:
             raise
         if reply is None:
             protocol.check_connected()
-        if not isinstance(self._token, str):
+        if self._tokens.fixed is None:
             self._tasks.start_soon(self._renew_token, connection, token)
         return connection
 
@@ -338,7 +335,7 @@ class ConnectionSupervisor:
     def _finish(self, error: Disconnected | Refused) -> None:
         """Close the client because of an error, and report `Ended`."""
         if self._ended is None:
-            end = error if isinstance(error, Disconnected) else _final_error(error)
+            end = error if isinstance(error, Disconnected) else final_token_error(error)
             self._set_ended(str(end), end.code)
             for connection in self._connections:
                 connection.stop()
@@ -349,36 +346,24 @@ class ConnectionSupervisor:
         if self._ended is None:
             self._ended = (message, code)
             self._retries.cancel()
-            self.in_flight.wake_all()
-            self.subscriptions.wake_all()
+            for state in (self.in_flight, self.subscriptions, self.memberships):
+                state.wake_all()
             self.signals.progress.notify()
 
     async def _retry(self) -> None:
-        """Send publishes and subscriptions again, after a pause, that the broker could not serve for now."""
+        """Send requests again, after a pause, that the broker could not serve for now."""
+        states = (self.in_flight, self.subscriptions, self.memberships)
         with self._retries:
             while True:
-                if self.in_flight.retry_pending or self.subscriptions.retry_pending:
+                if any(state.retry_pending for state in states):
                     await anyio.sleep(RETRY_INTERVAL * random.uniform(0.7, 1))  # noqa: S311
-                    self.in_flight.retry()
-                    self.subscriptions.retry()
+                    for state in states:
+                        state.retry()
                     self.signals.notify_request()
                 else:
                     await self._retry_needed.wait()
 
     # Tokens
-
-    async def _request_token(self) -> str:
-        if isinstance(self._token, str):
-            return self._token
-        try:
-            token = await self._token()
-        except OSError as error:
-            raise Disconnected(f"the token function failed: {error}") from error
-        except Refused as error:
-            raise SignedOut(error.code, error.message) from error
-        if token is None:
-            raise SignedOut(ErrorCode.UNAUTHENTICATED, "the token function returned None")
-        return check_text("token", token)
 
     async def _authenticate(self, protocol: ProtocolConnection, token: str) -> AuthOk | None:
         """Send a token and return the reply, or None if the connection is lost before it. Raises `Refused`."""
@@ -397,7 +382,7 @@ class ConnectionSupervisor:
             while (delay := renewal_delay(token, time.time())) is not None:
                 await anyio.sleep(delay)
                 try:
-                    new = await self._request_token()
+                    new = await self._tokens.request()
                     await self._authenticate(connection.protocol, new)
                 except SignedOut as error:
                     self._scope.cancel()
@@ -412,7 +397,7 @@ class ConnectionSupervisor:
 
     def _decide(self, error: Disconnected | Refused) -> ReconnectDecision:
         decision = decide_by_token_error(error) if isinstance(error, Refused) else decide_by_close_code(error.code)
-        if decision is ReconnectDecision.NEW_TOKEN and isinstance(self._token, str):
+        if decision is ReconnectDecision.NEW_TOKEN and self._tokens.fixed is not None:
             return ReconnectDecision.FINAL
         return decision
 
@@ -420,7 +405,7 @@ class ConnectionSupervisor:
         """Seconds to wait after a failure or a lost connection. Raises `Disconnected` if the error is final."""
         decision = self._decide(error)
         if decision is ReconnectDecision.FINAL:
-            raise error if isinstance(error, Disconnected) else _final_error(error)
+            raise error if isinstance(error, Disconnected) else final_token_error(error)
         if decision is ReconnectDecision.NEW_TOKEN and not self._failures:
             return 0.0
         pause = self._backoff_delay(self._failures)
@@ -441,17 +426,4 @@ class ConnectionSupervisor:
             self._on_event(event)
 
     def _new_protocol(self, on_event: Callable[[GoAway | Error], None] | None) -> ProtocolConnection:
-        return ProtocolConnection(self.in_flight, self.subscriptions, on_event)
-
-
-def _final_error(error: Refused) -> Disconnected:
-    if isinstance(error, SignedOut):
-        return Disconnected(f"signed out: {error}", CloseCode.UNAUTHENTICATED)
-    return Disconnected(f"the broker rejected the token: {error}", _CLOSE_CODES.get(error.code))
-
-
-_CLOSE_CODES = {
-    ErrorCode.UNAUTHENTICATED: CloseCode.UNAUTHENTICATED,
-    ErrorCode.TOKEN_EXPIRED: CloseCode.TOKEN_EXPIRED,
-    ErrorCode.REVOKED: CloseCode.REVOKED,
-}
+        return ProtocolConnection(self.in_flight, self.subscriptions, self.memberships, on_event)

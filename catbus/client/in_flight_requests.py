@@ -175,10 +175,20 @@ class InFlightRequests:
     # Requests of the application
 
     def publish(
-        self, channel: str, payload: Raw, batch: PublishBatch, place: int, *, ephemeral: bool, echo: bool
+        self,
+        channel: str,
+        payload: Raw,
+        batch: PublishBatch,
+        place: int,
+        *,
+        ephemeral: bool,
+        echo: bool,
+        retain: bool = False,
+        expect: int | None = None,
     ) -> None:
         """Send a publish, or queue it. Its result goes to `place` in the batch."""
-        pending = PendingPublish(wire.Publish(channel, payload, ephemeral=ephemeral, echo=echo), batch, place)
+        request = wire.Publish(channel, payload, ephemeral=ephemeral, echo=echo, retain=retain, expect=expect)
+        pending = PendingPublish(request, batch, place)
         if self._connection is not None and not self._paused and not self._uncertain:
             self._send(pending, self._connection)
         else:
@@ -190,6 +200,12 @@ class InFlightRequests:
     ) -> PendingReply[Page]:
         number = self.next_id()
         return self._request(number, wire.History(pattern, limit, before, number), wake)
+
+    def members(
+        self, pattern: str, limit: int, after: str | None, wake: Callable[[], None] = _do_nothing
+    ) -> PendingReply[wire.MemberList]:
+        number = self.next_id()
+        return self._request(number, wire.ListMembers(pattern, limit, after, number), wake)
 
     def ping(self, wake: Callable[[], None] = _do_nothing) -> PendingReply[wire.Pong]:
         number = self.next_id()
@@ -296,17 +312,23 @@ class InFlightRequests:
         pending = self._sent.get(number)  # type: ignore[arg-type]
         if pending is None or number is None:
             return False
-        if not pending.publish.ephemeral and (number in self._uncertain or reason.code is ErrorCode.UNKNOWN):
+        uncertain = number in self._uncertain or reason.code is ErrorCode.UNKNOWN
+        # The broker looks for an earlier try first. None can succeed later: a seq that is not there never comes again.
+        # No retained message (0) may come again.
+        decided = reason.code is ErrorCode.CONFLICT and pending.publish.expect
+        if uncertain and not pending.publish.ephemeral and not decided:
             self._keep_uncertain(number, pending, reason)
             self._send_unsent()
             return True
         del self._sent[number]
+        self._uncertain.discard(number)
         if reason.code is ErrorCode.SHUTTING_DOWN and self._reconnects and not pending.publish.ephemeral:
             # The message is certainly not published, and the next replica can publish it.
             self._rejected_by_drain.append(pending)
             self.pause()
         else:
             pending.settle(reason)
+            self._send_unsent()
         return True
 
     def handle_reply(self, number: int | None, value: Any) -> bool:

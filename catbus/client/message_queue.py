@@ -73,6 +73,11 @@ class MessageQueue:
         "wake",
     )
 
+    wants_retained = False
+    """Whether its subscription delivers the retained messages first."""
+    wants_presence = False
+    """Whether its subscription has the members of its channels."""
+
     def __init__(
         self,
         pattern: str,
@@ -101,6 +106,11 @@ class MessageQueue:
         self.error: Refused | None = None
         """Raised to the application once the queue is empty."""
         self.wake = wake
+
+    @property
+    def needs_snapshot(self) -> bool:
+        """Whether the next `subscribe` must begin with the retained messages, and so without a cursor."""
+        return False
 
     def start(self, seq: int, epoch: str) -> None:
         """Activate the queue: the broker has accepted its `subscribe`, at `seq` of `epoch`."""

@@ -1,7 +1,7 @@
 """The client side of `catbus.v1` on one connection, without I/O: bytes in, replies and messages out.
 
-It lasts as long as the connection. `InFlightRequests` and `SubscriptionManager` hold the state that outlives it, and
-send their requests through it. The caller
+It lasts as long as the connection. `InFlightRequests`, `SubscriptionManager` and `ChannelMemberships` hold the state
+that outlives it, and send their requests through it. The caller
 
 | calls | when |
 |---|---|
@@ -20,13 +20,15 @@ from typing import Any
 
 from ..close_codes import CloseCode
 from ..error_codes import ErrorCode
-from ..errors import Disconnected, PeerError, Refused
+from ..errors import ConflictError, Disconnected, PeerError, Refused
 from ..protocol import wire_messages as wire
 from ..protocol.json_splitter import JsonSplitter
+from .channel_memberships import ChannelMemberships
 from .in_flight_requests import InFlightRequests, PendingReply
 from .message_queue import MessageQueue
-from .server_messages import Message, Page, ServerMessage, decode
-from .subscription_manager import IncomingStream, SubscriptionManager
+from .server_messages import Message, Page, ServerMessage, SnapshotPage, decode
+from .shared_subscription import IncomingStream
+from .subscription_manager import SubscriptionManager
 from .transport_interface import DATAGRAM, MAIN_STREAM
 
 MAX_SEND_SIZE = 32 * 1024
@@ -47,6 +49,7 @@ class ProtocolConnection:
         self,
         in_flight: InFlightRequests,
         subscriptions: SubscriptionManager,
+        memberships: ChannelMemberships,
         on_event: Callable[[wire.GoAway | wire.Error], None] | None = None,
     ) -> None:
         self.client_id: str | None = None
@@ -62,6 +65,7 @@ class ProtocolConnection:
         self.outgoing_bytes = 0
         self._in_flight = in_flight
         self._subscriptions = subscriptions
+        self._memberships = memberships
         self._on_event = on_event
         self._main_stream = self._new_incoming_stream("")
         self._incoming_streams = {MAIN_STREAM: self._main_stream}
@@ -103,9 +107,13 @@ class ProtocolConnection:
         self._subscriptions.resume(self)
 
     def resume_requests(self) -> None:
-        """Send the requests without a reply, and all further ones, over this connection. Raises `Disconnected`."""
+        """Send the requests without a reply, and all further ones, over this connection, and join all channels again.
+
+        Raises `Disconnected`.
+        """
         self.check_connected()
         self._in_flight.resume(self)
+        self._memberships.resume(self)
 
     def send_ping(self) -> None:
         """Send a ping for which no task waits: any bytes from the broker are a sign of life."""
@@ -133,7 +141,8 @@ class ProtocolConnection:
     @property
     def awaiting_reply(self) -> bool:
         """Whether a request has no reply. The reply may come after messages."""
-        return bool(self._in_flight.awaiting_reply or self._subscriptions.awaiting_reply or self._auth_replies)
+        states = (self._in_flight, self._subscriptions, self._memberships)
+        return bool(self._auth_replies) or any(state.awaiting_reply for state in states)
 
     def check_connected(self) -> None:
         """Raise `Disconnected` if the connection is lost."""
@@ -236,7 +245,11 @@ class ProtocolConnection:
         self._in_flight.handle_published(reply.id, reply.seq)
 
     def _publish_error(self, reply: wire.PublishError) -> None:
-        self._in_flight.handle_publish_error(reply.id, Refused(reply.code, reply.message, reply.retry_after))
+        if reply.code is ErrorCode.CONFLICT and reply.seq is not None:
+            reason: Refused = ConflictError(reply.message, reply.seq)
+        else:
+            reason = Refused(reply.code, reply.message, reply.retry_after)
+        self._in_flight.handle_publish_error(reply.id, reason)
 
     def _subscribed(self, reply: wire.Subscribed, incoming: IncomingStream) -> None:
         # Another stream may already be in a later epoch than the one in which a subscription's own stream begins.
@@ -249,6 +262,12 @@ class ProtocolConnection:
             self._advance(event.last, event.epoch, incoming)
         self._subscriptions.handle_gap(event, incoming)
 
+    def _members(self, page: wire.MemberList, incoming: IncomingStream) -> None:
+        if page.pattern is None:
+            self._in_flight.handle_reply(page.id, page)
+        else:
+            self._subscriptions.handle_members(page, incoming)
+
     def _head(self, event: wire.Head, incoming: IncomingStream) -> None:
         self._advance(event.seq, event.epoch, incoming)
         self._subscriptions.handle_head(event, incoming)
@@ -260,6 +279,8 @@ class ProtocolConnection:
             number = self._in_flight.oldest_history_id()
         reason = Refused(reply.code, reply.message)
         if self._in_flight.handle_reply(number, reason) or self._in_flight.handle_publish_error(number, reason):
+            return
+        if self._memberships.handle_error(number, reason):
             return
         if self._subscriptions.handle_subscribe_error(wire.SubscribeError("", reply.message, reply.code, number)):
             return
@@ -297,6 +318,9 @@ _STREAM_HANDLERS: dict[type, Callable[[ProtocolConnection, Any, IncomingStream],
     wire.Live: lambda self, event, incoming: self._subscriptions.handle_live(event, incoming),
     wire.Gap: ProtocolConnection._gap,
     wire.Head: ProtocolConnection._head,
+    SnapshotPage: lambda self, page, incoming: self._subscriptions.handle_snapshot_page(page, incoming),
+    wire.MemberList: ProtocolConnection._members,
+    wire.PresenceChange: lambda self, change, incoming: self._subscriptions.handle_presence(change, incoming),
 }
 """Handlers of the messages about subscriptions, which arrive on the stream of the subscription."""
 
@@ -309,6 +333,8 @@ _CONNECTION_HANDLERS: dict[type, Callable[[ProtocolConnection, Any], object]] = 
     wire.PublishError: ProtocolConnection._publish_error,
     Page: lambda self, page: self._in_flight.handle_reply(page.id, page),
     wire.Pong: lambda self, pong: self._in_flight.handle_reply(pong.seq, pong),
+    wire.Joined: lambda self, reply: self._memberships.handle_joined(reply),
+    wire.Left: lambda self, reply: self._memberships.handle_left(reply),
     wire.GoAway: ProtocolConnection._goaway,
     wire.Error: ProtocolConnection._error,
 }

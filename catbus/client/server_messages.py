@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from functools import cached_property
-from typing import Any, get_args
+from typing import Any, NamedTuple, get_args
 
 import msgspec
-from msgspec import Raw, Struct
+from msgspec import UNSET, Raw, Struct
 
 from ..error_codes import ErrorCode
 from ..errors import PeerError
@@ -14,7 +14,20 @@ from ..protocol import wire_messages as wire
 from ..protocol.wire_messages import Gap, GoAway, Head, Live, Reply
 from .argument_checks import encode_cursor
 
-__all__ = ["Gap", "GoAway", "Head", "Live", "Message", "Page", "ServerMessage", "decode", "encode_payload"]
+__all__ = [
+    "Gap",
+    "GoAway",
+    "Head",
+    "Live",
+    "MemberKey",
+    "Message",
+    "Page",
+    "PresentMember",
+    "ServerMessage",
+    "SnapshotPage",
+    "decode",
+    "encode_payload",
+]
 
 
 class Message(Struct, tag="message", frozen=True, dict=True, rename={"raw": "payload"}):
@@ -22,7 +35,7 @@ class Message(Struct, tag="message", frozen=True, dict=True, rename={"raw": "pay
 
     `at` is in milliseconds since 1970 by the clock of the broker. An ephemeral message has no `seq`. `sender` is the
     client_id of the publisher, or None. `epoch` is the epoch of the log in which it has its `seq`. `raw` is the payload
-    as JSON, and may be part of a payload that is published again.
+    as JSON, and may be part of a payload that is published again. `retain`: it was published with `retain`.
     """
 
     channel: str
@@ -32,6 +45,7 @@ class Message(Struct, tag="message", frozen=True, dict=True, rename={"raw": "pay
     at: int | None = None
     sender: str | None = None
     epoch: str = ""
+    retain: bool = False
 
     @property
     def cursor(self) -> str | None:
@@ -67,6 +81,45 @@ class Page(Reply, tag="history"):
     cursor: str = ""
 
 
+class SnapshotPage(Reply, tag="retained"):
+    """A page of the retained messages of one subscription. `complete`: it is the last one."""
+
+    pattern: str
+    messages: list[Message]
+    complete: bool
+
+
+class MemberKey(NamedTuple):
+    """Identifies a member: by the client_id of its sessions, or by its only session if that has none."""
+
+    channel: str
+    client_id: str | None
+    session: str | None
+
+
+class PresentMember(Struct, frozen=True):
+    """A member of a channel.
+
+    `sessions` is the number of its sessions there. `info` is the JSON value that the newest of them has given, or None.
+    """
+
+    channel: str
+    sessions: int
+    client_id: str | None = None
+    session: str | None = None
+    info: Any = None
+
+    @property
+    def key(self) -> MemberKey:
+        """What identifies the member as long as it is there."""
+        return MemberKey(self.channel, self.client_id, self.session)
+
+    @classmethod
+    def read(cls, found: wire.ChannelMember | wire.PresenceChange) -> PresentMember:
+        info = None if found.info is UNSET else wire.decode_payload(found.info)
+        return cls(found.channel, found.sessions, found.client_id, found.session, info)
+
+
 ServerMessage = (
     wire.AuthOk
     | wire.AuthError
@@ -81,6 +134,11 @@ ServerMessage = (
     | wire.Gap
     | wire.Revoked
     | Page
+    | SnapshotPage
+    | wire.Joined
+    | wire.Left
+    | wire.MemberList
+    | wire.PresenceChange
     | wire.GoAway
     | wire.Pong
     | wire.Error

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import anyio
 
 
@@ -40,18 +43,24 @@ class ClientSignals:
         self.progress = Signal()
         """Bytes were sent or received, so there may be room, or the state of the connection changed."""
         self.waiting_readers = 0
-        """Tasks that wait for the next message of a subscription."""
+        """Tasks that wait for the next message of a subscription, and live maps."""
 
     def notify_request(self) -> None:
         """Wake the writer for a new request, and the reader for its reply."""
         self.send_ready.notify()
         self.read_wanted.notify()
 
-    async def wait_for_message(self, signal: Signal) -> None:
-        """Wait for the next message of a subscription. Meanwhile full queues do not pause reading."""
+    @contextmanager
+    def reading(self) -> Iterator[None]:
+        """Want everything that the broker sends: meanwhile full queues do not pause reading."""
         self.waiting_readers += 1
         self.read_wanted.notify()
         try:
-            await signal.wait()
+            yield
         finally:
             self.waiting_readers -= 1
+
+    async def wait_for_message(self, signal: Signal) -> None:
+        """Wait for the next message of a subscription."""
+        with self.reading():
+            await signal.wait()

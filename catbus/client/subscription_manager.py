@@ -1,15 +1,18 @@
-"""The subscriptions of one client, which outlive its connections, and the streams on which they arrive. Pure."""
+"""The subscriptions of one client, which outlive its connections. Pure."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 
 from ..error_codes import RETRYABLE, ErrorCode
-from ..errors import PeerError, Refused
+from ..errors import Refused
 from ..protocol import wire_messages as wire
 from .in_flight_requests import RequestSender
 from .message_queue import MessageQueue, QueuePhase
-from .server_messages import Message, ServerMessage
+from .presence_queue import PresenceQueue
+from .retained_queue import RetainedQueue
+from .server_messages import Message, SnapshotPage
+from .shared_subscription import IncomingStream, SharedSubscription
 
 MAX_EXCESS_BYTES = 8 * 1024 * 1024
 """Bytes that may be added to a full queue while a task waits for what the broker sends after them."""
@@ -17,125 +20,9 @@ MAX_EXCESS_BYTES = 8 * 1024 * 1024
 MESSAGE_OVERHEAD = 256
 """Approximate memory of a message beside its payload, in bytes."""
 
-Decode = Callable[[bytes], Iterator[ServerMessage | PeerError | None]]
-
 
 def _do_nothing() -> None:
     pass
-
-
-class IncomingStream:
-    """One stream of the broker, and the subscriptions whose messages arrive on it.
-
-    `decode` splits its bytes into objects. `connection` is the connection that has the stream.
-    """
-
-    __slots__ = ("connection", "decode", "epoch", "not_started", "routes")
-
-    def __init__(self, decode: Decode, connection: object, epoch: str) -> None:
-        self.decode = decode
-        self.connection = connection
-        self.epoch = epoch
-        """The epoch of the log that arrives here. Two streams may be in different epochs for a while."""
-        self.routes: dict[str, SharedSubscription] = {}
-        """The subscription of each pattern. A message for another pattern is of a subscription that has ended."""
-        self.not_started: dict[str, SharedSubscription] = {}
-        """Subscriptions about which the stream has said nothing since `subscribed`: they may be in an older epoch."""
-
-    @property
-    def subscriptions(self) -> list[SharedSubscription]:
-        return [*self.routes.values(), *self.not_started.values()]
-
-    def confirm(self, pattern: str) -> SharedSubscription | None:
-        """Find the subscription of a pattern that a message on this stream names."""
-        subscription = self.not_started.pop(pattern, None)
-        if subscription is not None:
-            self.routes[pattern] = subscription
-        return self.routes.get(pattern)
-
-    def start_route(self, pattern: str | None) -> SharedSubscription | None:
-        """Find the subscription of a message that has no route yet: the message may be its first."""
-        if pattern not in self.not_started:
-            return None
-        subscription = self.confirm(pattern)
-        if subscription is not None:
-            for queue in subscription.receivers:
-                queue.confirm_epoch(self.epoch)
-        return subscription
-
-
-class SharedSubscription:
-    """One subscription at the broker, and the queues that share it.
-
-    A `subscribe` names the lowest cursor of its queues, and each queue drops what it already has. Only the reply to the
-    newest `subscribe` counts. One `subscribe` covers queues of one epoch, because the broker finds what is missing by
-    the epoch of a cursor. The other queues are requested once this one has caught up.
-    """
-
-    __slots__ = ("covered", "datagrams", "epoch", "held_ids", "incoming", "is_live", "pattern", "queues",
-                 "received_seq", "receivers", "request_id", "since", "stream")  # fmt: skip
-
-    def __init__(self, pattern: str) -> None:
-        self.pattern = pattern
-        self.stream = self.datagrams = False
-        """Whether to request a stream of its own, and ephemeral messages as datagrams."""
-        self.queues: dict[MessageQueue, None] = {}
-        """All queues that have not ended."""
-        self.receivers: tuple[MessageQueue, ...] = ()
-        """The queues that receive what arrives."""
-        self.incoming: IncomingStream | None = None
-        """The stream on which the broker sends it."""
-        self.request_id: int | None = None
-        """The id of the newest `subscribe` while it has no reply."""
-        self.held_ids: set[int] = set()
-        """The ids of each `subscribe` for which the broker may hold it: accepted, or without a reply."""
-        self.covered: tuple[MessageQueue, ...] = ()
-        """The queues that the newest `subscribe` covers."""
-        self.since: int | None = None
-        self.epoch = ""
-        """The cursor of the newest `subscribe`."""
-        self.received_seq = 0
-        """The newest seq that arrived."""
-        self.is_live = False
-        """Whether it has caught up, so that a `head` applies to it."""
-
-    def forget_requests(self) -> None:
-        """Forget what was requested of the broker, and what it holds."""
-        self.request_id = None
-        self.held_ids.clear()
-
-    @property
-    def has_room(self) -> bool:
-        """Whether a queue is not paused."""
-        return any(queue.phase is not QueuePhase.PAUSED for queue in self.queues)
-
-    def make_subscribe(self, number: int, head: int, epoch: str) -> wire.Subscribe:
-        """Make the `subscribe` that covers as many queues as possible, for a log of this epoch and head.
-
-        It does not request again what waits in the queues.
-        """
-        present = [queue for queue in self.queues if queue.phase is not QueuePhase.PAUSED]
-        resumed = [queue for queue in present if queue.has_cursor]
-        # A queue of another epoch comes first: the reply of the broker moves it into the present one.
-        first = min(resumed, key=lambda queue: (queue in self.receivers, queue.received_epoch == epoch), default=None)
-        self.since, named_epoch = None, None
-        together: list[MessageQueue] = []
-        if first is not None:
-            self.epoch = first.received_epoch
-            together = [queue for queue in resumed if queue.received_epoch == first.received_epoch]
-            self.since = min(queue.received_seq for queue in together)
-            if len(resumed) < len(present) and first.received_epoch == epoch:
-                # A new queue begins at the head, and the cursor of another queue may be above that.
-                self.since = min(self.since, head)
-            if any(queue.sends_epoch for queue in together):
-                named_epoch = first.received_epoch or None
-        self.covered = tuple(queue for queue in present if queue in together or not queue.has_cursor)
-        for queue in together:
-            queue.sends_epoch = True
-        for queue in present:
-            queue.phase = QueuePhase.REQUESTED
-        self.request_id = number
-        return wire.Subscribe(self.pattern, self.since, named_epoch, self.stream, self.datagrams, number)
 
 
 class SubscriptionManager:
@@ -207,6 +94,12 @@ class SubscriptionManager:
             self._send_subscribe(subscription)
         return queue
 
+    def add(self, queue: MessageQueue) -> None:
+        """Add the queue of a live map. Some time after the reply of the broker its state is `ready`, or it is ENDED."""
+        subscription = self._by_pattern.setdefault(queue.pattern, SharedSubscription(queue.pattern))
+        subscription.queues[queue] = None
+        self._send_subscribe(subscription)
+
     def find_for_datagram(self, pattern: str | None, connection: RequestSender) -> SharedSubscription | None:
         """Find the subscription of a datagram, which belongs to no stream, if this connection sends for it."""
         subscription = self._by_pattern.get(pattern) if pattern is not None else None
@@ -216,8 +109,13 @@ class SubscriptionManager:
 
     def unsubscribe(self, queue: MessageQueue) -> None:
         """End a queue for the application. The subscription ends with its last queue."""
-        if queue.phase is not QueuePhase.ENDED:
-            self._close(queue, None)
+        if queue.phase is QueuePhase.ENDED:
+            return
+        subscription = self._by_pattern[queue.pattern]
+        self._close(queue, None)
+        if queue.wants_presence and subscription.has_room:
+            # Without presence, unless another queue wants it.
+            self._send_subscribe(subscription)
 
     def queue_full(self, queue: MessageQueue, message: Message) -> None:
         """Account for a message that was added to a full queue."""
@@ -294,15 +192,19 @@ class SubscriptionManager:
         # What was requested before is replaced.
         subscription.held_ids.intersection_update((reply.id,))
         self._detach(subscription)
-        subscription.incoming, subscription.is_live = incoming, subscription.since is None
-        (incoming.routes if subscription.is_live else incoming.not_started)[subscription.pattern] = subscription
+        subscription.incoming = incoming
+        begins = subscription.since is None
+        subscription.is_live = begins and not subscription.has_snapshot
+        (incoming.routes if begins else incoming.not_started)[subscription.pattern] = subscription
         subscription.received_seq = reply.seq if subscription.since is None else subscription.since
         # With a cursor of another epoch, a gap may follow, so it is not known where a new queue would begin.
         crossing = subscription.since is not None and subscription.epoch != incoming.epoch
         subscription.receivers = tuple(
             queue
             for queue in subscription.covered
-            if queue.phase is QueuePhase.REQUESTED and (queue.has_cursor or not crossing)
+            if queue.phase is QueuePhase.REQUESTED
+            and (queue.has_cursor or not crossing)
+            and (subscription.has_snapshot or not queue.needs_snapshot)
         )
         for queue in subscription.receivers:
             # A lagging replica delivers from `since` on, not from its own position.
@@ -396,6 +298,21 @@ class SubscriptionManager:
             for queue in subscription.receivers:
                 queue.add_gap(event)
 
+    def handle_snapshot_page(self, page: SnapshotPage, incoming: IncomingStream) -> None:
+        for queue in self._receivers(page.pattern, incoming):
+            if isinstance(queue, RetainedQueue):
+                queue.add_page(page)
+
+    def handle_members(self, page: wire.MemberList, incoming: IncomingStream) -> None:
+        for queue in self._receivers(page.pattern, incoming):
+            if isinstance(queue, PresenceQueue):
+                queue.add_page(page)
+
+    def handle_presence(self, change: wire.PresenceChange, incoming: IncomingStream) -> None:
+        for queue in self._receivers(change.pattern, incoming):
+            if isinstance(queue, PresenceQueue):
+                queue.add_change(change)
+
     def handle_head(self, event: wire.Head, incoming: IncomingStream) -> None:
         for subscription in incoming.routes.values():
             if subscription.is_live:
@@ -403,6 +320,10 @@ class SubscriptionManager:
                     queue.update_cursor(event, event.seq, event.epoch)
 
     # Helpers
+
+    def _receivers(self, pattern: str | None, incoming: IncomingStream) -> tuple[MessageQueue, ...]:
+        subscription = incoming.find(pattern)
+        return () if subscription is None else subscription.receivers
 
     def _has_requested(self, subscription: SharedSubscription) -> bool:
         return any(queue.phase is QueuePhase.REQUESTED for queue in subscription.queues)

@@ -9,7 +9,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, get_origin
 
 from .log_levels import parse_levels
-from .value_types import Count, Duration, LogSize, Size, Switch, Timeout
+from .value_types import Count, Duration, LogSize, Size, Switch, Timeout, Workers
 
 SHORT_VARIABLES = {
     "DATABASE_URL": "database.url",
@@ -32,7 +32,7 @@ CLIENT_VARIABLES = frozenset({"CATBUS_URL", "CATBUS_FALLBACK_URL", "CATBUS_TOKEN
 
 _MIN_LENGTH_IN_LIST = 16
 _NUMBER = re.compile(r"[+-]?\d+(?P<fraction>\.\d+)?")
-_NUMBERS = Duration, Timeout, Size, LogSize, Count
+_NUMBERS = Duration, Timeout, Size, LogSize, Count, Workers
 # Kubernetes sets variables for each Service in every container. A Service `catbus` sets CATBUS_PORT and others.
 _KUBERNETES_SERVICE = re.compile(r"CATBUS\w*_(SERVICE_(HOST|PORT(_\w+)?)|PORT_\d+_(TCP|UDP|SCTP)(_(PROTO|PORT|ADDR))?)")
 

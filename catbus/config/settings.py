@@ -32,6 +32,7 @@ from .value_types import (
     SynchronousCommit,
     Text,
     Timeout,
+    Workers,
     convert_value,
     describe_mismatch,
 )
@@ -67,6 +68,13 @@ class Section(Struct, frozen=True, kw_only=True):
         return "***" if name in self.hidden and value else repr(value)
 
 
+class RunSettings(Section, frozen=True, kw_only=True):
+    """The processes of `catbus run`. A program that embeds the broker has one, whatever this says."""
+
+    workers: Workers = 1
+    """Processes that share the ports, each a replica. "auto": one for each core. They need a log in PostgreSQL."""
+
+
 class DatabaseSettings(Section, frozen=True, kw_only=True):
     """The database of the log: "memory", "embedded" (a private PostgreSQL in the state directory), or postgres://."""
 
@@ -88,12 +96,17 @@ class DatabaseSettings(Section, frozen=True, kw_only=True):
 
 
 class RetentionSettings(Section, frozen=True, kw_only=True):
-    """The part of the log that is kept in PostgreSQL. Messages above `size` are deleted, whatever their age."""
+    """The part of the log that is kept in PostgreSQL. Messages above `size` are deleted, whatever their age.
+
+    Retained messages are kept apart from it, in PostgreSQL or in memory.
+    """
 
     age: Timeout = 86_400.0
     """Messages are kept for this time at least, and for 8/7 of it at most."""
     size: LogSize = 10 << 30
     """The maximum size of its tables with their indexes."""
+    retained: Size = 256 << 20
+    """The maximum size of the channels, payloads and senders of all retained messages."""
 
 
 class AuthSettings(Section, frozen=True, kw_only=True, rename={"secrets": "secret"}):
@@ -148,6 +161,8 @@ class LimitSettings(Section, frozen=True, kw_only=True):
     """Subscriptions of one session."""
     subscriptions_total: Count = 1_000_000
     """Subscriptions of all sessions together. One client can use at most the same number as remains free."""
+    joined_channels: Count = 100
+    """Channels of which one session is a member."""
     pending_publishes: Count = 1000
     """Unacknowledged publishes of one session."""
     pending_total: Count = 100_000
@@ -181,6 +196,34 @@ class EventsSettings(Section, frozen=True, kw_only=True):
     """Whether each session that opens or closes is published on `_catbus.sessions.CLIENT`."""
 
 
+class PresenceSettings(Section, frozen=True, kw_only=True):
+    """Who is in which channel."""
+
+    grace: Duration = 10.0
+    """Time for which a member whose session has ended may come back before it is announced as gone."""
+    sessions: Switch = False
+    """Whether each session is a member of `_catbus.sessions`."""
+
+
+class WebhookSettings(Section, frozen=True, kw_only=True):
+    """Deliveries of the messages of consumers to URLs, which the replicas share."""
+
+    enabled: Switch = True
+    """Whether this replica delivers. Another one can deliver instead."""
+    timeout: Timeout = 15.0
+    """Time for one request, until the response."""
+    batch: Count = 100
+    """Messages of one request at most."""
+    batch_size: Size = 262_144
+    """Bytes of the messages of one request. A single message may have more."""
+    attempts: Count = 20
+    """Failed attempts after which a message becomes a dead letter."""
+    deliveries: Count = 100
+    """Requests at the same time. One consumer uses at most half of them."""
+    allow: tuple[Network, ...] = ()
+    """Private networks to which this replica delivers, also without TLS."""
+
+
 class DrainSettings(Section, frozen=True, kw_only=True):
     """The graceful shutdown. `window` and `deadline` end early when no client is connected; `delay` does not."""
 
@@ -204,6 +247,7 @@ class Config(Section, frozen=True, kw_only=True):
 
     state: File | None = None
     """The directory of the broker's own files; see `state_directory`."""
+    run: RunSettings = field(default_factory=RunSettings)
     database: DatabaseSettings = field(default_factory=DatabaseSettings)
     retention: RetentionSettings = field(default_factory=RetentionSettings)
     auth: AuthSettings = field(default_factory=AuthSettings)
@@ -211,6 +255,8 @@ class Config(Section, frozen=True, kw_only=True):
     webtransport: WebTransportSettings = field(default_factory=WebTransportSettings)
     limits: LimitSettings = field(default_factory=LimitSettings)
     events: EventsSettings = field(default_factory=EventsSettings)
+    presence: PresenceSettings = field(default_factory=PresenceSettings)
+    webhooks: WebhookSettings = field(default_factory=WebhookSettings)
     drain: DrainSettings = field(default_factory=DrainSettings)
     logging: LoggingSettings = field(default_factory=LoggingSettings)
 

@@ -29,6 +29,10 @@ Timeout = Annotated[float, Meta(gt=0, le=_TEN_YEARS, description=f"{_DURATION}, 
 Size = Annotated[int, Meta(gt=0, le=2**53, description='a size above 0: bytes, or text like "64KiB" or "1MiB"')]
 LogSize = Annotated[int, Meta(ge=64 << 20, le=2**53, description='a size of at least 64 MiB, like "10GiB"')]
 Count = Annotated[int, Meta(gt=0, le=2**53, description="a whole number above 0")]
+Workers = Annotated[
+    Annotated[int, Meta(ge=1, le=128)] | Literal["auto"],
+    Meta(description='a number of processes from 1 to 128, or "auto"'),
+]
 Switch = Annotated[bool, Meta(description="true or false")]
 File = Annotated[str, Meta(min_length=1, description="a path")]
 KeySource = Annotated[str, Meta(min_length=1, description="a path, or a URL that begins with https://")]

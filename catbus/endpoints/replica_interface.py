@@ -17,7 +17,9 @@ from ..limits.connections_per_address import ConnectionsPerAddress
 from ..limits.cpu_scheduler import CpuScheduler
 from ..limits.unauthenticated import UnauthenticatedPeers
 from ..log import Log, Outcome
+from ..log.consumers import Consumers
 from ..observability.runtime_statistics import RuntimeStatistics
+from ..presence import Presence
 from ..protocol.wire_messages import Publish
 from ..session.hooks import ClientInfo
 from ..session.session_report import OpenSession
@@ -44,7 +46,14 @@ class SessionInterface(Protocol):
     async def receive(self, data: bytes) -> None: ...
 
     async def open_event_stream(
-        self, token: str, patterns: Collection[str], since: int | None, epoch: str | None
+        self,
+        token: str,
+        patterns: Collection[str],
+        since: int | None,
+        epoch: str | None,
+        *,
+        retained: bool = False,
+        presence: bool = False,
     ) -> None: ...
 
     def close(self, code: CloseCode, reason: str) -> None: ...
@@ -65,6 +74,12 @@ class ReplicaInterface(Protocol):
 
     @property
     def delivery(self) -> Delivery: ...
+
+    @property
+    def presence(self) -> Presence: ...
+
+    @property
+    def consumers(self) -> Consumers | None: ...
 
     @property
     def message_pages(self) -> MessagePages: ...
@@ -95,9 +110,9 @@ class ReplicaInterface(Protocol):
 
     def describe(self) -> dict[str, Any]: ...
 
-    def report(self) -> dict[str, object]: ...
+    async def report_all(self) -> dict[str, object]: ...
 
-    def scrape(self) -> tuple[bytes, str] | None: ...
+    async def scrape_all(self) -> tuple[bytes, str] | None: ...
 
     def open_session(
         self, writer: TransportWriter, *, transport: str, streams: Streams | None = None, network: str = ""

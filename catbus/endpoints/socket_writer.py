@@ -10,6 +10,18 @@ import trio
 _CHUNK = 65_536
 
 
+def limit_send_buffer(stream: trio.abc.Stream, size: int) -> trio.SocketStream | None:
+    """Limit the kernel's send buffer, and return the socket beneath the stream; None if it has none.
+
+    Otherwise the kernel buffers megabytes for a client that does not read.
+    """
+    transport = stream.transport_stream if isinstance(stream, trio.SSLStream) else stream
+    if not isinstance(transport, trio.SocketStream):
+        return None
+    transport.setsockopt(trio.socket.SOL_SOCKET, trio.socket.SO_SNDBUF, size)
+    return transport
+
+
 class SocketWriter:
     """Writes to a connection without waiting, in order.
 

@@ -9,8 +9,17 @@ For scripts and serverless functions: it imports little, and has no task in the 
 programs that stay connected.
 """
 
-from ..errors import Refused, Unavailable
+from ..errors import ConflictError, Refused, Unavailable
 from .http_client import HttpClient
 from .message_streams import HttpMessage, HttpPage, MessageStream, MissingMessages
 
-__all__ = ["HttpClient", "HttpMessage", "HttpPage", "MessageStream", "MissingMessages", "Refused", "Unavailable"]
+__all__ = [
+    "ConflictError",
+    "HttpClient",
+    "HttpMessage",
+    "HttpPage",
+    "MessageStream",
+    "MissingMessages",
+    "Refused",
+    "Unavailable",
+]

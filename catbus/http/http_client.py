@@ -15,7 +15,7 @@ import msgspec
 from msgspec import Raw
 
 from ..error_codes import ErrorCode
-from ..errors import PeerError, Refused
+from ..errors import ConflictError, PeerError, Refused
 from ..protocol.channels import check_channel, check_pattern
 from ..protocol.wire_messages import UNDECODABLE, check_payload, to_json
 from .message_streams import EventsStream, HttpPage, MessageStream, PagesStream, read_page
@@ -70,10 +70,16 @@ class HttpClient:
         payload: Any,
         *,
         ephemeral: bool = False,
+        retain: bool = False,
+        expect: int | None = None,
         key: str | None = None,
         patience: float = 30.0,
     ) -> int | None:
         """Publish a JSON value and return its seq once it is committed (None for an ephemeral message).
+
+        With `retain` it becomes the retained message of the channel; a payload None removes that. With `expect` too it
+        is published only if that is the seq of the channel's retained message, or if there is none and `expect` is 0.
+        Otherwise `ConflictError` is raised, a `Refused` whose `seq` is the present one.
 
         Without a response it is sent again for up to `patience` seconds, with an `Idempotency-Key`, so that it is
         published once. An ephemeral message is sent again only if it was certainly not received. With a `key` of yours
@@ -81,31 +87,45 @@ class HttpClient:
 
         Raises `Refused`: it is not published, unless the code is `unknown`. Raises `Unavailable` if there was no
         response: then it may be published, and so it may after a cancellation. Raises `TypeError` for a payload that
-        has no JSON form.
+        has no JSON form, and `ValueError` for arguments that exclude each other.
         """
         item = _make_item(channel, payload)
         if ephemeral:
             item["ephemeral"] = True
-        [result] = await self._publish(to_json(item), key, patience, repeatable=not ephemeral)
+        if retain:
+            item["retain"] = True
+        if expect is not None:
+            item["expect"] = expect
+        if (ephemeral and retain) or (expect is not None and not retain):
+            raise ValueError("retain excludes ephemeral, and expect needs retain")
+        [result] = await self._publish(to_json(item), key, patience, repeatable=not ephemeral, expect=expect)
         if isinstance(result, Refused):
             raise result
         return result
 
     async def publish_many(
-        self, messages: Iterable[tuple[str, Any]], *, key: str | None = None, patience: float = 30.0
+        self,
+        messages: Iterable[tuple[str, Any]],
+        *,
+        retain: bool = False,
+        key: str | None = None,
+        patience: float = 30.0,
     ) -> list[int | Refused]:
         """Publish pairs of a channel and a payload, in order, in one request.
 
+        With `retain` each becomes the retained message of its channel; of several for one channel, the last one stays.
         Returns for each its seq, or a `Refused`: the others are published all the same. Otherwise as `publish`.
         """
         items = [_make_item(channel, payload) for channel, payload in messages]
+        if retain:
+            items = [{**item, "retain": True} for item in items]
         if not items:
             return []
         results = await self._publish(to_json(items), key, patience, repeatable=True)
         return [Refused(ErrorCode.INTERNAL, "no seq") if result is None else result for result in results]
 
     async def _publish(
-        self, body: bytes, key: str | None, patience: float, *, repeatable: bool
+        self, body: bytes, key: str | None, patience: float, *, repeatable: bool, expect: int | None = None
     ) -> list[int | Refused | None]:
         if key is not None and not (key.isascii() and key.isprintable() and 0 < len(key) <= 255):
             raise ValueError("key: 1 to 255 printable characters of ASCII")
@@ -126,7 +146,10 @@ class HttpClient:
             except TryAgain as error:
                 failure = error
             except Refused as error:
-                raise (_unknown(error) if unknown else error) from None
+                # The broker looks for the first try, and a seq that is not there never comes again: with an expected
+                # one no try can succeed later.
+                decided = isinstance(error, ConflictError) and expect
+                raise (_unknown(error) if unknown and not decided else error) from None
             unknown = unknown or failure.outcome_unknown
             try:
                 if unknown and not repeatable:

@@ -39,7 +39,7 @@ class HttpMessage(Struct, frozen=True, dict=True, rename={"raw": "payload"}):
     """A message of the log, or an ephemeral one, which has no `seq` and no `cursor`.
 
     `at` is in milliseconds since 1970 by the clock of the broker. `sender` is the client_id of the publisher, or None.
-    `cursor` is the position after the message, as opaque text for `since`.
+    `cursor` is the position after the message, as opaque text for `since`. `retain`: it was published with `retain`.
     """
 
     channel: str
@@ -48,6 +48,7 @@ class HttpMessage(Struct, frozen=True, dict=True, rename={"raw": "payload"}):
     at: int | None = None
     sender: str | None = None
     cursor: str | None = None
+    retain: bool = False
 
     @cached_property
     def payload(self) -> Any:

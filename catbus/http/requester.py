@@ -14,7 +14,7 @@ import msgspec
 from msgspec import Struct
 
 from ..error_codes import RETRYABLE, ErrorCode
-from ..errors import Refused, Unavailable
+from ..errors import ConflictError, Refused, Unavailable
 from ..protocol.wire_messages import UNDECODABLE
 
 REQUEST_TIMEOUT = 10.0
@@ -68,7 +68,7 @@ class Answer(Struct):
 
 
 class PublishResult(Struct):
-    """The result of one publish."""
+    """The result of one publish. `seq` is that of the message, or with `conflict` that of the retained message."""
 
     seq: int | None = None
     error: str | None = None
@@ -217,6 +217,8 @@ def failure_of(answer: Answer) -> TryAgain | Refused:
     code = error_code(found.code)
     if code in TEMPORARY:
         return TryAgain(text, code=code, pause=answer.retry_after)
+    if code is ErrorCode.CONFLICT and found.seq is not None:
+        return ConflictError(text, found.seq)
     return Refused(code, text)
 
 

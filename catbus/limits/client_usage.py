@@ -58,8 +58,9 @@ class ClientUsages:
             del self._usages[usage.client]
 
     def check_subscriptions(self, usage: ClientUsage, number: int = 1) -> None:
-        """Raise `PeerError` when the client may not have so many more subscriptions."""
-        if usage.subscriptions + number > self._max_subscriptions - self.subscriptions:
+        """Raise `PeerError` when the client may not have so many more subscriptions, one after the other."""
+        # Each leaves less free, so the last of them finds `number - 1` more of the client, and as many fewer free.
+        if usage.subscriptions + number - 1 >= self._max_subscriptions - (self.subscriptions + number - 1):
             text = "there is no room for more subscriptions of this client (limits.subscriptions_total)"
             raise PeerError(ErrorCode.OVERLOADED, text)
 

@@ -6,8 +6,8 @@
 from .in_memory import MemoryLog
 from .interface import (
     APPEND_OVERHEAD,
-    CONFLICT,
     EPHEMERAL_SIZE,
+    KEY_REUSED,
     UNDECIDED,
     Append,
     Committed,
@@ -18,15 +18,18 @@ from .interface import (
     Outcome,
     Rejected,
     Resumption,
+    RetainedPage,
+    conflict,
     erased,
     rejection_of,
 )
 from .recent_messages import RecentMessages
+from .retained_messages import RetainedMessages
 
 __all__ = [
     "APPEND_OVERHEAD",
-    "CONFLICT",
     "EPHEMERAL_SIZE",
+    "KEY_REUSED",
     "UNDECIDED",
     "Append",
     "Committed",
@@ -39,6 +42,9 @@ __all__ = [
     "RecentMessages",
     "Rejected",
     "Resumption",
+    "RetainedMessages",
+    "RetainedPage",
+    "conflict",
     "erased",
     "rejection_of",
 ]

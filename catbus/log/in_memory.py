@@ -13,9 +13,10 @@ import trio
 from ..protocol.channels import ERASED, matches
 from .append_queue import AppendQueue
 from .interface import (
-    CONFLICT,
+    KEY_REUSED,
     MAX_PENDING,
     MAX_PENDING_BYTES,
+    MAX_RETAINED_BYTES,
     OVERLOADED,
     SHUTTING_DOWN,
     UNDECIDED,
@@ -27,9 +28,11 @@ from .interface import (
     Outcome,
     Rejected,
     Resumption,
+    RetainedPage,
     rejection_of,
 )
 from .recent_messages import ENTRY_OVERHEAD, RecentMessages
+from .retained_messages import RetainedMessages
 
 _BATCH, _BATCH_SIZE = 1000, 4 << 20
 """Entries, and their bytes, that are committed and applied at once."""
@@ -51,8 +54,10 @@ class MemoryLog:
         *,
         pending: int = MAX_PENDING,
         pending_bytes: int = MAX_PENDING_BYTES,
+        retained_bytes: int = MAX_RETAINED_BYTES,
     ) -> None:
         self._recent = RecentMessages(limit_bytes, overhead=ENTRY_OVERHEAD + KEY_OVERHEAD)
+        self._retained = RetainedMessages(retained_bytes)
         self._keys: deque[tuple[bytes, int] | None] = deque()
         """The key of each entry."""
         self._seqs: dict[tuple[bytes, int], int] = {}
@@ -125,18 +130,31 @@ class MemoryLog:
             found += more
         return found[:limit][::-1], len(found) > limit
 
+    async def retained(
+        self,
+        pattern: str,
+        *,
+        after: str | None,
+        until: int,
+        rows: int = 1000,
+        size: int = 1 << 20,
+        newer: bool = False,
+    ) -> RetainedPage:
+        await trio.lowlevel.checkpoint()
+        head = self.applied
+        return self._retained.page(pattern, after, head if newer else until, rows, size, head)
+
     async def erase(self, pattern: str, *, sender: str | None = None, before: int | None = None) -> int:
         """As in `Log`. It never fails, and is complete as soon as it begins; then it waits for the follower."""
         await trio.lowlevel.checkpoint()
         page = self._recent.since(self.floor - 1, len(self._recent), self._recent.size)
         assert page is not None
-        seqs = {
-            entry.seq
-            for entry in page.entries
-            if matches(pattern, entry.channel)
-            and (sender is None or entry.sender == sender)
-            and (before is None or entry.at < before)
-        }
+
+        def unwanted(entry: Entry) -> bool:
+            return (sender is None or entry.sender == sender) and (before is None or entry.at < before)
+
+        seqs = {entry.seq for entry in page.entries if matches(pattern, entry.channel) and unwanted(entry)}
+        seqs |= self._retained.erase(pattern, unwanted)
         if seqs and self._follower is not None:
             self._follower.begin_erasure()
             self._recent.erase(seqs)
@@ -150,7 +168,8 @@ class MemoryLog:
         return Resumption(0, "epoch")
 
     def report(self) -> dict[str, object]:
-        return {"size": self._recent.size}
+        retained = self._retained
+        return {"size": self._recent.size, "retained": {"messages": len(retained), "bytes": retained.size}}
 
     async def wait_open(self) -> None:
         await self._open.wait()
@@ -203,12 +222,20 @@ class MemoryLog:
             if seq is not None:
                 known = self._recent[seq] if seq <= self.applied else entries[seq - self.applied - 1]
                 same = known.channel == ERASED or (known.channel, known.payload) == (append.channel, append.payload)
-                return Committed(seq, duplicate=True) if same else CONFLICT
+                return Committed(seq, duplicate=True) if same else KEY_REUSED
+            if append.retain and (held := self._retained.find(append.channel, key)) is not None:
+                # Its entry was dropped, and it is still the retained message.
+                return Committed(held.seq, duplicate=True) if held.payload == append.payload else KEY_REUSED
             if append.after is not None and append.after < self.floor - 1:
                 return UNDECIDED
+        if append.retain and (rejected := self._retained.check(append)) is not None:
+            return rejected
         seq = self.applied + len(entries) + 1
-        entries.append(Entry(seq, self._at, append.channel, append.payload, append.sender, append.origin))
+        entry = Entry(seq, self._at, append.channel, append.payload, append.sender, append.origin, append.retain)
+        entries.append(entry)
         self._keys.append(key)
         if key is not None:
             self._seqs[key] = seq
+        if append.retain:
+            self._retained.replace(entry, key)
         return Committed(seq)

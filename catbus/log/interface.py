@@ -26,6 +26,8 @@ class Entry(Struct, frozen=True, gc=False):
     sender: str | None = None
     origin: bytes | None = None
     """The producer, if it does not want to receive the message (`echo: false`)."""
+    retain: bool = False
+    """Whether it became its channel's retained message, or removed that (payload `null`)."""
 
     @property
     def size(self) -> int:
@@ -52,6 +54,8 @@ class Rejected:
 
     code: ErrorCode
     message: str
+    retained_seq: int | None = None
+    """With `ErrorCode.CONFLICT`: the seq of the channel's retained message, 0 for none."""
 
 
 Outcome = Committed | Rejected
@@ -60,14 +64,18 @@ OVERLOADED = Rejected(ErrorCode.OVERLOADED, "too many messages are waiting to be
 UNAVAILABLE = Rejected(ErrorCode.UNAVAILABLE, "the log cannot be written just now; the message was not published")
 UNKNOWN = Rejected(ErrorCode.UNKNOWN, "the log did not answer in time; it may have the message: retry with the same id")
 UNDECIDED = Rejected(ErrorCode.UNKNOWN, "the broker cannot tell any more whether the first try was published")
-CONFLICT = Rejected(ErrorCode.BAD_MESSAGE, "this id was used for another message")
+KEY_REUSED = Rejected(ErrorCode.BAD_MESSAGE, "this id was used for another message")
 SHUTTING_DOWN = Rejected(ErrorCode.SHUTTING_DOWN, "the broker is stopping; the message was not published")
 FAILED = Rejected(ErrorCode.INTERNAL, "the log rejected this message")
+RETAINED_FULL = Rejected(ErrorCode.LIMIT, "the retained messages have no space left; the message was not published")
 
 MAX_PENDING = 100_000
 """Messages that may wait to be appended, by default."""
 MAX_PENDING_BYTES = 256 << 20
 """Bytes of messages that may wait to be appended, by default."""
+
+MAX_RETAINED_BYTES = 256 << 20
+"""Bytes of channels, payloads and senders that the retained messages may have together, by default."""
 
 APPEND_OVERHEAD = 200
 """Cost of appending a message besides its bytes, in bytes, so that many small messages count as work, too."""
@@ -82,6 +90,10 @@ class Append(Struct, eq=False, gc=False):
     A retry is recognised by the key `(producer, number)`; without a `producer` the log makes a key. A retry has
     `after`: the head that the client knew when it first sent the message. `settle` is called exactly once,
     synchronously, and must not raise. There is no reference cycle through an `Append`, as it is not collected.
+
+    With `retain` it becomes the retained message of its channel, and with the payload `null` it removes that. `expect`,
+    only with `retain`: the seq that the channel's retained message must have, 0 for none. Otherwise the message is
+    rejected with `ErrorCode.CONFLICT`. A retry of a publish that was appended is a duplicate, whatever it expects.
     """
 
     channel: str
@@ -101,6 +113,8 @@ class Append(Struct, eq=False, gc=False):
     """What submitted it, such as a session, for `Log.withdraw`."""
     client: Hashable = None
     """The client whose share of the log it uses. Messages of one client keep their order."""
+    retain: bool = False
+    expect: int | None = None
     known: int | None = None
     """The newest seq that was known to be committed when the log accepted the message, if any; set by the log."""
     size: int = 0
@@ -135,6 +149,26 @@ class Resumption:
 
     cursor: int
     lost: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class RetainedPage:
+    """Retained messages in the byte order of their channels.
+
+    `last` is the channel up to which the page was searched: the next page begins after it. It is None if there is
+    nothing to search. A page may be empty and not `complete`. `head` is the newest seq that the page shows:
+    with the messages up to there, the entries are a part of the state at `head`.
+    """
+
+    entries: Sequence[Entry]
+    last: str | None
+    complete: bool
+    head: int
+
+
+def conflict(retained_seq: int) -> Rejected:
+    """The outcome of a message whose channel has another retained message than it expects. 0: it has none."""
+    return Rejected(ErrorCode.CONFLICT, "the channel's retained message is another one", retained_seq)
 
 
 class Follower(Protocol):
@@ -218,8 +252,33 @@ class Log(Protocol):
     async def history(self, pattern: str, *, before: int | None, limit: int) -> tuple[Sequence[Entry], bool]:
         """Read the newest `limit` matches below `before`, oldest first; return also whether there are older ones."""
 
+    async def retained(
+        self,
+        pattern: str,
+        *,
+        after: str | None,
+        until: int,
+        rows: int = 1000,
+        size: int = 1 << 20,
+        newer: bool = False,
+    ) -> RetainedPage:
+        """Read retained messages of the channels that match and are above `after` (None: from the first one on).
+
+        The page searches up to `rows` channels, and ends after `size` bytes, but not before its first message. It
+        leaves out retained messages with a seq above `until`, which is a seq that the follower has received. So after
+        all pages, the messages that the follower receives after `until` complete the state, as soon as they have
+        reached the `head` of each page: the log may have more messages than the follower has received.
+
+        `newer`: leave out none. For a caller to whom no messages follow, a channel would be missing whose retained
+        message was just replaced.
+
+        Raises `Unavailable` while the log cannot be read, and if its epoch changes meanwhile. May be cancelled.
+        """
+
     async def erase(self, pattern: str, *, sender: str | None = None, before: int | None = None) -> int:
         """Erase the contents of messages that match, and return the number of these messages. Their seqs stay.
+
+        The channels whose retained message is erased have none then.
 
         `sender` and `before` (milliseconds since 1970) restrict it to messages of that sender, and to older ones.
         Raises `Unavailable`; then, and when it is cancelled, a part of them may be erased.

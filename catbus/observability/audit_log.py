@@ -1,5 +1,7 @@
 """Log lines about administration: the calls of administrators, and changed permissions. Their logger is `catbus.audit`.
 
+Requests that only read have the level `debug`, because the console sends some every few seconds.
+
 Only administrators cause these lines, so their number is not limited.
 """
 
@@ -18,7 +20,8 @@ def log_admin_call(
     `client_id` is the administrator's; None for the admin key. `path` is without a query, which may contain a token.
     """
     common = {"method": method, "path": path, "status": status, "client_id": client_id, "address": address}
-    logger.info("an administrator's call", **common, **fields)
+    log = logger.debug if method in ("GET", "HEAD") else logger.info
+    log("an administrator's call", **common, **fields)
 
 
 def log_role_change(role: str, client_id: str | None, permissions: str, *, sessions: int) -> None:

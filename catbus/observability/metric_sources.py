@@ -12,7 +12,9 @@ from ..endpoints.http.http_endpoint import HttpEndpoint, HttpEndpointStatistics
 from ..endpoints.webtransport.quic_endpoint import QuicEndpoint, QuicEndpointStatistics
 from ..postgres import PostgresLog
 from ..postgres.log import PostgresStatistics
+from ..presence import PresenceStatistics
 from ..replica import Replica, ReplicaStatistics
+from ..session.presence_watch import FeedStatistics
 from .histogram import Histogram
 
 Reading = float | Histogram | Mapping[str, float] | Mapping[tuple[str, str], float] | None
@@ -27,6 +29,8 @@ class MetricSources:
     sessions: ReplicaStatistics
     delivery: DeliveryStatistics
     flusher: FlushStatistics
+    presence: PresenceStatistics
+    presence_feed: FeedStatistics
     endpoints: Mapping[str, HttpEndpointStatistics | QuicEndpointStatistics]
     """By transport."""
     websocket: HttpEndpointStatistics | None
@@ -49,6 +53,8 @@ def read_sources(replica: Replica) -> MetricSources:
         replica.statistics(),
         replica.delivery.statistics(),
         replica.flusher.statistics(),
+        replica.presence.statistics(),
+        replica.presence_feeder.statistics(),
         {transport: statistics for transport, statistics in found.items() if statistics is not None},
         websocket,
         quic,

@@ -13,6 +13,8 @@ from datetime import UTC, datetime
 from ..auth.token_errors import RejectionReason
 from ..error_codes import ErrorCode
 from ..postgres.log import PostgresStatistics
+from ..postgres.maintenance.consumer_lags import ConsumerLag
+from ..session.presence_watch import MAX_ALL_CHANGES
 from ..version import version
 from .histogram import Histogram
 from .loggers import dropped_log_lines
@@ -63,6 +65,11 @@ def _rejected_connections(sources: MetricSources) -> Mapping[tuple[str, str], fl
     }
 
 
+def of_consumers(read: Callable[[ConsumerLag], float]) -> Callable[[MetricSources], Reading]:
+    """Read a value of each consumer, if the log is in PostgreSQL."""
+    return of_postgres(lambda log: {name: read(lag) for name, lag in log.consumers.items()})
+
+
 def _batch_sizes(found: PostgresStatistics) -> Histogram:
     sizes = Histogram([2**power for power in range(len(found.batch_sizes))])
     sizes.counts[:-1], sizes.sum = found.batch_sizes, found.appended + found.duplicates
@@ -72,6 +79,16 @@ def _batch_sizes(found: PostgresStatistics) -> Histogram:
 SECTIONS: dict[str, tuple[MetricDeclaration, ...]] = {
     "The replica": (
         gauge("catbus_build_info", "1, for the running release.", lambda _: {version(): 1}, "version"),
+        gauge(
+            "catbus_worker_up",
+            "1 for each worker that answers, 0 for one that does not.",
+            lambda _: 1,
+        ),
+        counter(
+            "catbus_worker_restarts_total",
+            "How often the worker was started again.",
+            lambda s: 0 if s.replica.worker is None else s.replica.worker.restarts,
+        ),
         gauge(
             "catbus_state",
             "1 for the present state of the replica, 0 for the others.",
@@ -230,11 +247,13 @@ SECTIONS: dict[str, tuple[MetricDeclaration, ...]] = {
         ),
         counter(
             "catbus_quic_datagrams_dropped_total",
-            "UDP datagrams dropped, by reason: of no connection, or too many of the same client or network waiting.",
+            "UDP datagrams dropped, by reason: of no connection, too many of the same client or network waiting, or of "
+            "another worker.",
             of_quic(
                 lambda quic: {
-                    "no_connection": quic.dropped - quic.dropped_over_share,
+                    "no_connection": quic.dropped - quic.dropped_over_share - quic.dropped_misrouted,
                     "queue_full": quic.dropped_over_share,
+                    "other_worker": quic.dropped_misrouted,
                 }
             ),
             "reason",
@@ -245,6 +264,53 @@ SECTIONS: dict[str, tuple[MetricDeclaration, ...]] = {
             of_quic(lambda quic: quic.violations),
         ),
         counter("catbus_quic_packets_lost_total", "QUIC packets lost.", of_quic(lambda quic: quic.lost)),
+    ),
+    "Presence": (
+        gauge(
+            "catbus_presence_memberships",
+            "Memberships of this replica's sessions: once for each session and channel.",
+            lambda s: s.presence.memberships,
+        ),
+        gauge(
+            "catbus_presence_patterns",
+            "Patterns whose members are watched on this replica.",
+            lambda s: s.presence.patterns,
+        ),
+        gauge(
+            "catbus_presence_members",
+            "Members in memory: those in the channels of these patterns; in a log in memory, all.",
+            lambda s: s.presence.members,
+        ),
+        counter(
+            "catbus_presence_events_total",
+            "Members that joined, changed or left, in these channels.",
+            lambda s: s.presence.events,
+        ),
+        counter(
+            "catbus_presence_writes_total",
+            "Statements that have written memberships.",
+            lambda s: s.presence.writes,
+        ),
+        counter(
+            "catbus_presence_written_total",
+            "Memberships written by these statements.",
+            lambda s: s.presence.written,
+        ),
+        counter(
+            "catbus_presence_reads_total",
+            "Statements that have read memberships for the watched patterns.",
+            lambda s: s.presence.reads,
+        ),
+        counter(
+            "catbus_presence_snapshots_total",
+            "Snapshots of members begun for subscriptions. Some replace changes that a client did not read in time.",
+            lambda s: s.presence_feed.snapshots,
+        ),
+        gauge(
+            "catbus_presence_waiting_changes",
+            f"Changed members that wait until a send queue has room: at most {MAX_ALL_CHANGES:,}, then snapshots.",
+            lambda s: s.presence_feed.changes,
+        ),
     ),
     "Publishing and delivery": (
         counter(
@@ -355,6 +421,16 @@ SECTIONS: dict[str, tuple[MetricDeclaration, ...]] = {
             of_postgres(lambda log: log.unvacuumed),
         ),
         gauge(
+            "catbus_retained_messages",
+            "Retained messages at the last check.",
+            of_postgres(lambda log: log.retained_messages),
+        ),
+        gauge(
+            "catbus_retained_bytes",
+            "Bytes of the channels, payloads and senders of retained messages at the last check.",
+            of_postgres(lambda log: log.retained_bytes),
+        ),
+        gauge(
             "catbus_log_size_bytes",
             "Size of the log's tables with their indexes.",
             of_postgres(lambda log: log.table_size),
@@ -390,6 +466,11 @@ SECTIONS: dict[str, tuple[MetricDeclaration, ...]] = {
             "catbus_publishes_duplicate_total",
             "Retries of messages that were already in the log.",
             of_postgres(lambda log: log.duplicates),
+        ),
+        counter(
+            "catbus_publishes_conflict_total",
+            "Publishes rejected because the channel had another retained message than they expected.",
+            of_postgres(lambda log: log.conflicts),
         ),
         counter(
             "catbus_publishes_from_sql_total",
@@ -447,6 +528,11 @@ SECTIONS: dict[str, tuple[MetricDeclaration, ...]] = {
             "Times that a part could not be dropped because another session used its table.",
             of_postgres(lambda log: log.retention_held),
         ),
+        gauge(
+            "catbus_retention_held",
+            "1 while a consumer with `hold` keeps a part that is too old, 0 otherwise.",
+            of_postgres(lambda log: log.retention_held_by_consumer),
+        ),
         counter(
             "catbus_ephemeral_sent_total",
             "Ephemeral messages sent to the other replicas.",
@@ -476,6 +562,72 @@ SECTIONS: dict[str, tuple[MetricDeclaration, ...]] = {
             "catbus_database_task_failures_total",
             "Restarts because of an internal error.",
             of_postgres(lambda log: log.failures),
+        ),
+    ),
+    "Consumers": (
+        gauge(
+            "catbus_consumer_lag_messages",
+            "Messages of all channels that the slowest partition has not received.",
+            of_consumers(lambda lag: lag.messages),
+            "consumer",
+        ),
+        gauge(
+            "catbus_consumer_lag_seconds",
+            "Age of the oldest of these messages.",
+            of_consumers(lambda lag: lag.seconds),
+            "consumer",
+        ),
+        gauge(
+            "catbus_consumer_gaps",
+            "Partitions that retention has overtaken, so that receiving is an error.",
+            of_consumers(lambda lag: lag.gaps),
+            "consumer",
+        ),
+        gauge(
+            "catbus_consumer_dead_letters",
+            "Rejected messages that nobody has processed or deleted.",
+            of_consumers(lambda lag: lag.dead_letters),
+            "consumer",
+        ),
+    ),
+    "Webhooks": (
+        counter(
+            "catbus_webhook_attempts_total",
+            "Attempts of this replica to deliver a batch to a URL.",
+            of_postgres(lambda log: log.webhooks.attempts),
+            "outcome",
+        ),
+        histogram(
+            "catbus_webhook_attempt_duration_seconds",
+            "Time of an attempt, until the response or the error.",
+            of_postgres(lambda log: log.webhooks.durations),
+        ),
+        counter(
+            "catbus_webhook_messages_total",
+            "Messages that receivers accepted, or that became dead letters after too many attempts.",
+            of_postgres(lambda log: {"delivered": log.webhooks.messages, "dead": log.webhooks.rejected}),
+            "outcome",
+        ),
+        counter(
+            "catbus_webhook_pauses_total",
+            "Consumers whose deliveries were paused because the receiver responded with 410.",
+            of_postgres(lambda log: log.webhooks.paused),
+        ),
+        counter(
+            "catbus_webhook_leases_lost_total",
+            "Leases that could not be ended in time, so that a batch may be delivered again.",
+            of_postgres(lambda log: log.webhooks.lost_leases),
+        ),
+        gauge(
+            "catbus_webhook_deliveries",
+            "Deliveries of this replica: running ones, and those that wait because too many run.",
+            of_postgres(lambda log: {"running": log.webhooks.running, "waiting": log.webhooks.waiting}),
+            "state",
+        ),
+        gauge(
+            "catbus_webhook_open_circuits",
+            "Consumers of which this replica makes one attempt at a time, because several have failed.",
+            of_postgres(lambda log: log.webhooks.open_circuits),
         ),
     ),
 }

@@ -9,28 +9,34 @@ from typing import Any
 
 import trio
 
-from ..config import DatabaseSettings, RetentionSettings
+from ..config import DatabaseSettings, RetentionSettings, WebhookSettings
 from ..errors import Unavailable
-from ..log import Append, Entry, Follower, LogPage, RecentMessages, Rejected, Resumption
+from ..log import Append, Entry, Follower, LogPage, RecentMessages, Rejected, Resumption, RetainedPage
 from ..log.interface import MAX_PENDING, MAX_PENDING_BYTES
 from ..observability.histogram import Histogram
 from .access.asyncpg_bridge import DATABASE_ERRORS, Bridge, DatabaseConnection, open_bridge
 from .access.migrations import migrate
 from .access.reconnecting_tasks import ReconnectingTasks, ReportProgress
+from .access.single_statements import SingleStatements
 from .append.log_writer import LogWriter
+from .consumers.consumer_administration import ConsumerAdministration
 from .ephemeral.ephemeral_relay import EphemeralRelay
 from .follow.log_reader import LogReader, read_error
 from .follow.log_tail import LogTail
 from .listen.notification_listener import NotificationListener
+from .maintenance.consumer_lags import ConsumerLag, ConsumerLags
 from .maintenance.erasure import Selection, erase_messages
 from .maintenance.heartbeat import Heartbeat
 from .maintenance.log_retention import LogRetention
+from .maintenance.retained_budget import RetainedBudget
 from .maintenance.schedule import MaintenanceSchedule
 from .maintenance.vacuum import Vacuum
 from .outbox_relay import OutboxRelay
+from .presence.stored_presence import StoredPresence
 from .revocations.stored_revocations import StoredRevocations
 from .roles.role_changes import RoleChanges
 from .roles.role_lookup import RoleLookup
+from .webhooks.webhook_delivery import WebhookDelivery, WebhookStatistics
 
 _ROWS, _SIZE = 1000, 1 << 20
 """Rows and bytes of a page in which missing entries are read."""
@@ -43,6 +49,8 @@ class PostgresStatistics:
     commits: int
     appended: int
     duplicates: int
+    conflicts: int
+    """Messages that were rejected because of another retained message than the expected one."""
     moved: int
     """Messages published from SQL that this replica has moved into the log."""
     batch_sizes: tuple[int, ...]
@@ -72,6 +80,10 @@ class PostgresStatistics:
     """How many messages are missing in the log because somebody deleted them by hand."""
     erasures: int
     """How often messages were erased that this replica might have in memory."""
+    retained_messages: int
+    """Retained messages at the last check."""
+    retained_bytes: int
+    """Bytes of their texts at the last check."""
     unvacuumed: int
     """Tables that have old rows of erased messages, at the last check."""
     looks: int
@@ -86,6 +98,10 @@ class PostgresStatistics:
     """How many entries it removed."""
     retention_held: int
     """How often a transaction used a partition that was to be emptied."""
+    retention_held_by_consumer: bool
+    """Whether a consumer with `hold` kept a partition that is too old, at the last check."""
+    consumers: Mapping[str, ConsumerLag]
+    """Consumers by name at the last measurement, and those beyond a limit together: see `consumer_lags.collect`."""
     retention_stepped: int | None
     """The time of the last step, in milliseconds since 1970."""
     ephemeral_sent: int
@@ -104,24 +120,28 @@ class PostgresStatistics:
     failures: int
     """How often because of an unexpected error, which is a bug."""
     stray_errors: int
+    webhooks: WebhookStatistics
 
 
 class PostgresLog:
     """A `Log` in PostgreSQL.
 
     `url` replaces the one in the settings. `recent`: bytes of the newest entries that stay in memory. `pending` and
-    `pending_bytes`: publishes that may wait to be appended.
+    `pending_bytes`: publishes that may wait to be appended. `presence_grace`: see `StoredPresence`. `webhooks`: whether
+    and how this replica delivers messages to URLs.
     """
 
     def __init__(
         self,
         settings: DatabaseSettings,
         retention: RetentionSettings | None = None,
+        webhooks: WebhookSettings | None = None,
         *,
         url: str | None = None,
         recent: int = 64 << 20,
         pending: int = MAX_PENDING,
         pending_bytes: int = MAX_PENDING_BYTES,
+        presence_grace: float = 10.0,
     ) -> None:
         self._settings = settings
         self._url = url or settings.url
@@ -129,6 +149,10 @@ class PostgresLog:
         self.roles = RoleLookup(self._connect_verified, self._role_changes)
         """Looks up role tokens while the log runs."""
         self.revocations = StoredRevocations(self._connect_verified)
+        self.presence = StoredPresence(self._connect, presence_grace)
+        """The members of channels, for the sessions of this replica, while the log runs."""
+        self.consumers = ConsumerAdministration(SingleStatements(self._connect))
+        """The consumers, for administrators, while the log runs."""
         self._server = ""
         self._bridge: Bridge | None = None
         self._tasks = ReconnectingTasks("schema", "listener", "writer", "reader")
@@ -141,14 +165,25 @@ class PostgresLog:
             self._relay,
             self._role_changes,
             self.revocations,
+            self.presence.reader.note_version,
             lossless=settings.failover == "lossless",
         )
         self._reader = LogReader(self._connect_verified)
         self._history_reader = LogReader(self._connect)
         self._heartbeat = Heartbeat()
-        self._retention = LogRetention(retention or RetentionSettings())
+        retention = retention or RetentionSettings()
+        self._retention = LogRetention(retention)
+        self._retained_budget = RetainedBudget(retention.retained)
         self._vacuum = Vacuum()
-        self._maintenance = MaintenanceSchedule(self._connect, self._retention, self._heartbeat, self._vacuum)
+        self._consumer_lags = ConsumerLags()
+        self._maintenance = MaintenanceSchedule(
+            self._connect,
+            self._retention,
+            self._retained_budget,
+            self._heartbeat,
+            self._vacuum,
+            self._consumer_lags,
+        )
         self._writer = LogWriter(
             self._connect_verified,
             self._tail,
@@ -159,6 +194,8 @@ class PostgresLog:
             pending_bytes=pending_bytes,
         )
         self._outbox_relay = OutboxRelay(self._connect, self._writer.move)
+        self._webhook_settings = webhooks or WebhookSettings()
+        self._webhooks = WebhookDelivery(self._connect, lambda: self._tail.applied, self._webhook_settings)
 
     @property
     def epoch(self) -> str:
@@ -210,7 +247,7 @@ class PostgresLog:
                 return page
             generation = tail.generation
             try:
-                page = await self._reader.page(start, tail.applied, rows, size)
+                page = await self._reader.page(tail.epoch, start, tail.applied, rows, size)
             except DATABASE_ERRORS as error:
                 raise read_error(error) from error
             if generation == tail.generation:
@@ -224,13 +261,33 @@ class PostgresLog:
         found, rest = self._tail.recent.search(pattern, newest, self.floor, limit + 1)
         if len(found) > limit or (self.epoch and rest < self.floor):
             return found[:limit][::-1], len(found) > limit
-        generation = self._tail.generation
-        entries, more = await self._history_reader.history(pattern, newest + 1, limit)
+        epoch, generation = self.epoch, self._tail.generation
+        entries, more = await self._history_reader.history(epoch, pattern, newest + 1, limit)
         while entries and generation != self._tail.generation:
             # Some of them may have been erased after they were read.
             generation = self._tail.generation
             entries = await self._history_reader.without_erased(entries)
+        if epoch != self.epoch:
+            raise Unavailable("the log has another epoch: read again")
         return entries, more
+
+    async def retained(
+        self,
+        pattern: str,
+        *,
+        after: str | None,
+        until: int,
+        rows: int = 1000,
+        size: int = 1 << 20,
+        newer: bool = False,
+    ) -> RetainedPage:
+        epoch = self.epoch
+        while True:
+            generation = self._tail.generation
+            page = await self._history_reader.retained(epoch, pattern, after, until, rows, size, newer)
+            if generation == self._tail.generation:
+                return page
+            # Some of them may have been erased after they were read. If the log has another epoch, the next try fails.
 
     async def erase(self, pattern: str, *, sender: str | None = None, before: int | None = None) -> int:
         try:
@@ -264,6 +321,7 @@ class PostgresLog:
             "missing": deleted.missing,
             "holes": [list(each) for each in deleted.ranges],
             "notify_queue": heartbeat.queue,
+            "retained": {"messages": self._retained_budget.messages, "bytes": self._retained_budget.bytes},
             "roles": heartbeat.roles,
             "replicas": [
                 {**replica.report, "id": replica.id, "silent": round(replica.age, 1)} for replica in heartbeat.replicas
@@ -284,6 +342,7 @@ class PostgresLog:
             commits=writer.commits,
             appended=writer.appended,
             duplicates=writer.duplicates,
+            conflicts=writer.conflicts,
             moved=writer.moved,
             batch_sizes=tuple(writer.sizes),
             commit_duration=writer.commit_duration,
@@ -303,6 +362,8 @@ class PostgresLog:
             announced=tail.announced,
             missing=listener.deleted_ranges.report.missing,
             erasures=listener.erasures,
+            retained_messages=self._retained_budget.messages,
+            retained_bytes=self._retained_budget.bytes,
             unvacuumed=self._vacuum.due,
             looks=self._outbox_relay.looks,
             reads=self._reader.reads + self._history_reader.reads,
@@ -311,6 +372,8 @@ class PostgresLog:
             retention_steps=retention.steps,
             retention_dropped=retention.dropped,
             retention_held=retention.held,
+            retention_held_by_consumer=retention.held_by_consumer,
+            consumers=self._consumer_lags.consumers,
             retention_stepped=retention.stepped,
             ephemeral_sent=relay.sent,
             ephemeral_statements=relay.statements,
@@ -321,6 +384,7 @@ class PostgresLog:
             restarts=services.restarts,
             failures=services.failures,
             stray_errors=0 if self._bridge is None else self._bridge.stray_errors,
+            webhooks=self._webhooks.statistics(),
         )
 
     async def run(
@@ -342,11 +406,16 @@ class PostgresLog:
                 nursery.start_soon(self._tasks.run, "reader", self._read_missing)
                 nursery.start_soon(self._tasks.run, "revocations", self.revocations.follow)
                 nursery.start_soon(self._tasks.run, "relay", self._relay.run)
+                nursery.start_soon(self._tasks.run, "presence writer", self.presence.writer.run)
+                nursery.start_soon(self._tasks.run, "presence reader", self.presence.reader.run)
                 nursery.start_soon(self._tasks.run, "outbox", self._outbox_relay.run)
                 nursery.start_soon(self._tasks.run, "maintenance", partial(self._maintenance.run, describe))
+                if self._webhook_settings.enabled:
+                    nursery.start_soon(self._tasks.run, "webhooks", partial(self._webhooks.run, nursery))
         finally:
             self._tasks.stop()
             self._writer.abandon()
+            await self._webhooks.close()
 
     async def _prepare(self, report_progress: ReportProgress) -> None:
         with await self._connect() as connection:
@@ -362,7 +431,7 @@ class PostgresLog:
         while True:
             after, last = await tail.wait_missing()
             generation = tail.generation
-            page = await self._reader.page(after, last, _ROWS, _SIZE)
+            page = await self._reader.page(tail.epoch, after, last, _ROWS, _SIZE)
             tail.fill(page, generation)
             report_progress()
 

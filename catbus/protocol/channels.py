@@ -83,6 +83,16 @@ def prefix_range(pattern: str) -> tuple[str, str] | None:
     return pattern[:-1], pattern[:-2] + "/"
 
 
+def channel_range(pattern: str, after: str | None = None) -> tuple[str, str]:
+    """The bounds (`>=`, `<`) in byte order of the channels above `after` that a pattern matches.
+
+    The range of `*` also contains reserved channels, which it does not match.
+    """
+    low, high = ("", "\x7f") if pattern == "*" else prefix_range(pattern) or (pattern, pattern + "\x01")
+    # No character of a channel is below "-".
+    return (low if after is None else max(low, after + "\x01")), high
+
+
 def _fault(text: str, channel: str) -> str | None:
     if _SEGMENTS.fullmatch(channel) and len(text) <= MAX_LENGTH and text.count(".") < MAX_SEGMENTS:
         return None

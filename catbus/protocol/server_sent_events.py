@@ -6,9 +6,24 @@ alone moves it and fires no event. Messages have no `event` field; what else a p
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
-from .wire_messages import Gap, GoAway, Head, Live, ProtocolVersion, Reply, Revoked, encode, to_json
+from .wire_messages import (
+    Gap,
+    GoAway,
+    Head,
+    Live,
+    MemberList,
+    PresenceChange,
+    ProtocolVersion,
+    Reply,
+    Retained,
+    Revoked,
+    encode,
+    encode_message_object,
+    to_json,
+)
 
 COMMENT = b":\n\n"
 """A block without content. It keeps the connection alive while the position cannot be told."""
@@ -28,13 +43,20 @@ def retry_block(seconds: float) -> bytes:
     return b"retry: %d\n\n" % (seconds * 1000)
 
 
-def encode_reply(reply: Reply, protocol: ProtocolVersion, epoch: str = "") -> bytes | None:
+def encode_reply(
+    reply: Reply, protocol: ProtocolVersion, epoch: str = "", *, snapshot_follows: bool = False
+) -> bytes | None:
     """Encode a reply for a session. None if its version of the protocol has no such reply. `live` needs the `epoch`."""
-    return encode_event(reply, epoch) if protocol is ProtocolVersion.EVENTS else encode(reply, protocol)
+    if protocol is ProtocolVersion.EVENTS:
+        return encode_event(reply, epoch, snapshot_follows=snapshot_follows)
+    return encode(reply, protocol)
 
 
-def encode_event(reply: Reply, epoch: str) -> bytes | None:
-    """Encode a reply as a block. None if an event stream has no such reply. `epoch` is that of the log now."""
+def encode_event(reply: Reply, epoch: str, *, snapshot_follows: bool = False) -> bytes | None:
+    """Encode a reply as a block. None if an event stream has no such reply. `epoch` is that of the log now.
+
+    With `snapshot_follows`, a `gap` has no id: a client that resumed after it would not get the snapshot.
+    """
     match reply:
         case Head():
             return id_line(reply.seq, reply.epoch) + b"\n"
@@ -42,31 +64,41 @@ def encode_event(reply: Reply, epoch: str) -> bytes | None:
             return event("live", {"seq": reply.seq, "epoch": epoch}, id_line(reply.seq, epoch))
         case Gap():
             data = {"from": reply.first, "to": reply.last, "epoch": reply.epoch, "reason": reply.reason}
-            return event("gap", data, id_line(reply.last, reply.epoch))
+            return event("gap", data, b"" if snapshot_follows else id_line(reply.last, reply.epoch))
+        case Retained():
+            return encode_retained_event([to_json(message) for message in reply.messages], reply.complete)
         case Revoked():
             return event("revoked", {"pattern": reply.pattern, "seq": reply.seq})
+        case MemberList(pattern=str()):
+            return event("members", reply)
+        case PresenceChange():
+            return event("presence", reply)
         case GoAway():
             return event("goaway", {"reason": reply.reason, "reconnect_in": reply.reconnect_in})
         case _:
             return None
 
 
-def encode_message_event(channel: str, payload: bytes, seq: int, at: int, sender: str | None, epoch: bytes) -> bytes:
+def encode_message_event(
+    channel: str, payload: bytes, seq: int, at: int, sender: str | None, epoch: bytes, retain: bool = False
+) -> bytes:
     """Encode a message as an event without a name. A `seq` of 0 is an ephemeral message: it moves no position."""
-    name = b"" if sender is None else b',"sender":' + to_json(sender)
     if not seq:
+        name = b"" if sender is None else b',"sender":' + to_json(sender)
         return b'data: {"type":"message","channel":"%b","payload":%b,"at":%d%b}\n\n' % (
             channel.encode(),
             payload,
             at,
             name,
         )
-    return b'id: %d.%b\ndata: {"type":"message","channel":"%b","payload":%b,"seq":%d,"at":%d%b}\n\n' % (
+    return b"id: %d.%b\ndata: %b\n\n" % (
         seq,
         epoch,
-        channel.encode(),
-        payload,
-        seq,
-        at,
-        name,
+        encode_message_object(channel, payload, seq, at, sender, retain),
     )
+
+
+def encode_retained_event(messages: Iterable[bytes], complete: bool) -> bytes:
+    """Encode a page of retained messages, which are encoded already. It has no id: see `encode_event`."""
+    end = b"true" if complete else b"false"
+    return b'event: retained\ndata: {"messages":[%b],"complete":%b}\n\n' % (b",".join(messages), end)

@@ -8,12 +8,12 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from enum import IntEnum
 from typing import Annotated, Any, ClassVar, TypeVar
 
 import msgspec
-from msgspec import Meta, Raw, Struct
+from msgspec import UNSET, Meta, Raw, Struct, UnsetType
 
 from ..error_codes import ErrorCode
 from ..errors import PeerError
@@ -56,6 +56,8 @@ class Subscribe(Request, tag="subscribe"):
     epoch: str | None = None
     stream: bool = False
     datagrams: bool = False
+    retained: bool = False
+    presence: bool = False
     id: Number | None = None
 
 
@@ -74,6 +76,8 @@ class Publish(Request, tag="publish"):
     ephemeral: bool = False
     echo: bool = True
     ack: bool = True
+    retain: bool = False
+    expect: Number | None = None
 
 
 class History(Request, tag="history"):
@@ -83,11 +87,31 @@ class History(Request, tag="history"):
     id: Number | None = None
 
 
+class Join(Request, tag="join"):
+    """Become a member of a channel. Without `info`, or with `null`, the member has none."""
+
+    channel: str
+    info: Raw | UnsetType = UNSET
+    id: Number | None = None
+
+
+class Leave(Request, tag="leave"):
+    channel: str
+    id: Number | None = None
+
+
+class ListMembers(Request, tag="members"):
+    pattern: str
+    limit: Annotated[int, Meta(ge=1)] = 100
+    after: str | None = None
+    id: Number | None = None
+
+
 class Ping(Request, tag="ping"):
     seq: int
 
 
-ClientMessage = Auth | Subscribe | Unsubscribe | Publish | History | Ping
+ClientMessage = Auth | Subscribe | Unsubscribe | Publish | History | Join | Leave | ListMembers | Ping
 
 
 # From the server
@@ -156,6 +180,7 @@ class PublishError(Reply, tag="publish_error"):
     code: ErrorCode
     id: int | None = None
     retry_after: float | None = None
+    seq: int | None = None
     fixed = ("channel", "message")
 
 
@@ -168,7 +193,16 @@ class ChannelMessage(Reply, tag="message"):
     seq: int | None = None
     at: int | None = None
     sender: str | None = None
+    retain: bool = False
     fixed = ("channel", "payload")
+
+
+class Retained(Reply, tag="retained"):
+    """A page of the retained messages that match one pattern, in the order of their channels. They have no pattern."""
+
+    pattern: str
+    messages: list[ChannelMessage]
+    complete: bool
 
 
 class Live(Reply, tag="live"):
@@ -201,6 +235,48 @@ class HistoryPage(Reply, tag="history"):
     id: int | None = None
 
 
+class Joined(Reply, tag="joined"):
+    channel: str
+    id: int | None = None
+
+
+class Left(Reply, tag="left"):
+    channel: str
+    id: int | None = None
+
+
+class ChannelMember(Struct, omit_defaults=True):
+    """A member of a channel: all sessions of a client, or one session without a client_id."""
+
+    channel: str
+    sessions: int
+    client_id: str | None = None
+    session: str | None = None
+    info: Raw | UnsetType = UNSET
+
+
+class MemberList(Reply, tag="members"):
+    """A page of members: the reply to `members`, or with a `pattern` a part of the snapshot for its subscription."""
+
+    members: list[ChannelMember]
+    pattern: str | None = None
+    complete: bool = False
+    next: str | None = None
+    id: int | None = None
+
+
+class PresenceChange(Reply, tag="presence"):
+    """A change of a member. `action`: `join`, `update` or `leave`."""
+
+    pattern: str
+    action: str
+    channel: str
+    sessions: int
+    client_id: str | None = None
+    session: str | None = None
+    info: Raw | UnsetType = UNSET
+
+
 class GoAway(Reply, tag="goaway"):
     reason: str
     reconnect_in: float
@@ -214,7 +290,8 @@ class Pong(Reply, tag="pong"):
 class Error(Reply, tag="error"):
     """An error without a message type of its own.
 
-    `id` is that of the rejected `history`, or of an object that does not decode, if it can be read.
+    `id` is that of the rejected `history`, `join`, `leave` or `members`, or of an object that does not decode, if it
+    can be read.
     """
 
     message: str
@@ -236,11 +313,16 @@ ServerMessage = (
     | Published
     | PublishError
     | ChannelMessage
+    | Retained
     | Live
     | Head
     | Gap
     | Revoked
     | HistoryPage
+    | Joined
+    | Left
+    | MemberList
+    | PresenceChange
     | GoAway
     | Pong
     | Error
@@ -405,17 +487,43 @@ def encode(message: Request | Reply, protocol: ProtocolVersion = ProtocolVersion
     return _encoder.encode(message) + b"\n"
 
 
-def encode_message(channel: str, payload: bytes, pattern: str, seq: int | None, at: int, sender: str | None) -> bytes:
+def encode_message(
+    channel: str, payload: bytes, pattern: str, seq: int | None, at: int, sender: str | None, retain: bool = False
+) -> bytes:
     """Encode the `message` line of an entry for a pattern, like `encode`, but several times faster."""
     number = b"" if seq is None else b',"seq":%d' % seq
     name = b"" if sender is None else b',"sender":' + _encoder.encode(sender)
-    return b'{"type":"message","channel":"%b","payload":%b,"pattern":"%b"%b,"at":%d%b}\n' % (
+    return b'{"type":"message","channel":"%b","payload":%b,"pattern":"%b"%b,"at":%d%b%b}\n' % (
         channel.encode(),
         payload,
         pattern.encode(),
         number,
         at,
         name,
+        b',"retain":true' if retain else b"",
+    )
+
+
+def encode_message_object(channel: str, payload: bytes, seq: int, at: int, sender: str | None, retain: bool) -> bytes:
+    """Encode a `message` of the log without a pattern, as it is in an event or in a page, like `encode`."""
+    name = b"" if sender is None else b',"sender":' + _encoder.encode(sender)
+    return b'{"type":"message","channel":"%b","payload":%b,"seq":%d,"at":%d%b%b}' % (
+        channel.encode(),
+        payload,
+        seq,
+        at,
+        name,
+        b',"retain":true' if retain else b"",
+    )
+
+
+def encode_retained(pattern: str, messages: Iterable[bytes], complete: bool) -> bytes:
+    """Encode a `retained` line of messages that are encoded already."""
+    end = b"true" if complete else b"false"
+    return b'{"type":"retained","pattern":"%b","messages":[%b],"complete":%b}\n' % (
+        pattern.encode(),
+        b",".join(messages),
+        end,
     )
 
 

@@ -14,6 +14,7 @@ from ..auth.grants import Grants, Identity, client_of
 from ..auth.tokens import token_kind
 from ..close_codes import CloseCode
 from ..config import LimitSettings
+from ..delivery.page_size import MAX_HISTORY, newest_that_fit
 from ..delivery.send_queue import SendQueue, TransportWriter
 from ..error_codes import ErrorCode
 from ..errors import PeerError, Unavailable
@@ -27,19 +28,26 @@ from .effects import (
     CheckPublish,
     Effect,
     EndSubscription,
+    JoinChannel,
+    LeaveChannel,
     ReadHistory,
+    ReadMembers,
     SendHeads,
     StartSubscription,
     VerifyToken,
 )
 from .heads import HeadSender
-from .history_page import MAX_HISTORY, newest_that_fit
 from .hooks import ClientInfo
 from .publishing import STOPPING
 from .services import SessionServices
+from .session_presence import SessionPresence
 from .session_subscriptions import SessionSubscriptions
 from .state_machine import Session, SessionLimits
 from .transport_streams import Streams
+
+MEMBERSHIP_COST = 10
+"""Messages of the publish rate that a `join`, a `leave`, and a `subscribe` with `presence` count as: they write to the
+database or read from it, and a membership can be announced to many sessions."""
 
 
 class SessionDriver:
@@ -69,6 +77,7 @@ class SessionDriver:
             SessionLimits(
                 limits.message_size,
                 limits.subscriptions,
+                limits.joined_channels,
                 limits.auth_timeout,
                 # A token that was accepted after its `exp` is valid for the whole leeway.
                 max(limits.token_grace, services.config.auth.leeway),
@@ -88,7 +97,8 @@ class SessionDriver:
         self._network = network
         self._pending_limit = limits.pending_publishes
         self._producer = ""
-        self.subscriptions = SessionSubscriptions(self.session, services, streams)
+        self.presence = SessionPresence(self.session, services, session_id)
+        self.subscriptions = SessionSubscriptions(self.session, services, self.presence, streams)
         self.heads = HeadSender(self.session, services.delivery, services.log)
         self._closing = trio.Event()
         self._deadline = trio.CancelScope()
@@ -235,6 +245,7 @@ class SessionDriver:
             self._counted = False
             self._services.client_usages.remove_session(self.session.usage)
         self.subscriptions.close()
+        self.presence.close()
         self.session.abandon()
         self.send_queue.close()
         self._room.set()
@@ -274,6 +285,7 @@ class SessionDriver:
                 self._uncharged_bytes += len(effect.channel) + len(effect.payload)
                 self._services.publisher.broadcast(effect)
             case StartSubscription():
+                self._uncharged += MEMBERSHIP_COST if effect.request.presence else 0
                 await self.subscriptions.wait_until_read(effect.request.pattern)
                 self.subscriptions.subscribe(effect.request)
             case EndSubscription():
@@ -291,6 +303,14 @@ class SessionDriver:
                         self.session.reject_token(error)
             case ReadHistory():
                 await self._send_history(effect.request)
+            case JoinChannel():
+                self._uncharged += MEMBERSHIP_COST
+                self.presence.join(effect.request, effect.info)
+            case LeaveChannel():
+                self._uncharged += MEMBERSHIP_COST
+                self.presence.leave(effect.request.channel, effect.request.id)
+            case ReadMembers():
+                self._uncharged += 1 + await self.presence.send_members(effect.request)
 
     async def _charge(self) -> None:
         """Charge the client's publish rate, and wait while it is exceeded."""
@@ -348,6 +368,7 @@ class SessionDriver:
             self.token_kind = "admin key"
         if new:
             self._on_authenticated(self)
+            self.presence.announce(self.transport, self._network)
         self._unauthenticated.release()
         self._deadline.deadline = session.deadline
         services.permissions.add(self, identity.role, changes)
@@ -356,7 +377,14 @@ class SessionDriver:
         self.send_goaway()
 
     async def open_event_stream(
-        self, token: str, patterns: Collection[str], since: int | None, epoch: str | None
+        self,
+        token: str,
+        patterns: Collection[str],
+        since: int | None,
+        epoch: str | None,
+        *,
+        retained: bool = False,
+        presence: bool = False,
     ) -> None:
         """Authenticate the client of an event stream, and subscribe to all its patterns. Raises `PeerError`.
 
@@ -366,7 +394,7 @@ class SessionDriver:
         session.protocol = ProtocolVersion.EVENTS
         try:
             await self._authenticate(token)
-            self.subscriptions.subscribe_event_stream(patterns, since, epoch)
+            self.subscriptions.subscribe_event_stream(patterns, since, epoch, retained=retained, presence=presence)
         except PeerError as error:
             # The client has it from the HTTP response. The log and session events have it from here.
             session.close(error.close or CloseCode.BAD_MESSAGE, error.message)
@@ -377,6 +405,7 @@ class SessionDriver:
     def _revoke(self, patterns: Sequence[str], before: Grants, grants: Grants) -> None:
         """End these subscriptions, and withdraw the pending publishes that the new grants do not allow."""
         self._withdraw_publishes(before, grants)
+        self.presence.revoke()
         ended = self.subscriptions.revoke(patterns)
         if ended and not self.session.subscriptions and self.session.protocol is ProtocolVersion.EVENTS:
             self.close(CloseCode.REVOKED, "the permission for each pattern was withdrawn")
@@ -411,4 +440,5 @@ def client_limits(limits: LimitSettings) -> dict[str, int]:
         "pending_publishes": limits.pending_publishes,
         "history": MAX_HISTORY,
         "ephemeral_size": EPHEMERAL_SIZE,
+        "joined_channels": limits.joined_channels,
     }

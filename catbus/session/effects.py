@@ -9,6 +9,9 @@ The driver takes them one by one, and carries each out before it takes the next:
     BroadcastMessage   pass the message on, once
     CheckPublish       call the hook `on_publish`, and note in the effect what it decided
     ReadHistory        read the history, then call `send_history` or `reject_request`
+    JoinChannel        make the session a member, then call `joined`, or call `reject_request`
+    LeaveChannel       end the membership, then call `left`
+    ReadMembers        read the members, then call `send_members` or `reject_request`
     SendHeads          send `head` on every stream whose subscriptions are live
 """
 
@@ -66,6 +69,22 @@ class ReadHistory:
 
 
 @dataclass(frozen=True, slots=True)
+class JoinChannel:
+    request: wire.Join
+    info: bytes | None
+
+
+@dataclass(frozen=True, slots=True)
+class LeaveChannel:
+    request: wire.Leave
+
+
+@dataclass(frozen=True, slots=True)
+class ReadMembers:
+    request: wire.ListMembers
+
+
+@dataclass(frozen=True, slots=True)
 class SendHeads:
     """The client has sent `ping`."""
 
@@ -78,5 +97,8 @@ Effect = (
     | BroadcastMessage
     | CheckPublish
     | ReadHistory
+    | JoinChannel
+    | LeaveChannel
+    | ReadMembers
     | SendHeads
 )

@@ -16,9 +16,9 @@ from ..limits.cpu_scheduler import CpuScheduler
 from ..limits.publish_rate import PublishRateLimits
 from ..log import Append, Entry, Log, Outcome, Rejected, rejection_of
 from ..protocol.wire_messages import Publish
+from .appends import conflict_as_unknown, make_append
 from .effects import BroadcastMessage
 from .hooks import ClientInfo, Hooks
-from .state_machine import conflict_as_unknown, make_append
 
 STOPPING = "the replica is stopping"
 

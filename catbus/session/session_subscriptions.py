@@ -12,6 +12,7 @@ from ..delivery.subscription import Subscription
 from ..errors import PeerError
 from ..protocol.wire_messages import ProtocolVersion, Subscribe, Unsubscribe
 from .services import SessionServices
+from .session_presence import SessionPresence
 from .state_machine import Session
 from .transport_streams import Streams
 
@@ -19,17 +20,24 @@ from .transport_streams import Streams
 class SessionSubscriptions:
     """Begins and ends the subscriptions of a session. `streams`: the streams of its transport, if that has several."""
 
-    __slots__ = ("_services", "_session", "_streams")
+    __slots__ = ("_presence", "_services", "_session", "_streams")
 
-    def __init__(self, session: Session, services: SessionServices, streams: Streams | None) -> None:
+    def __init__(
+        self, session: Session, services: SessionServices, presence: SessionPresence, streams: Streams | None
+    ) -> None:
         self._session = session
         self._services = services
+        self._presence = presence
         self._streams = streams
 
     def subscribe(self, request: Subscribe) -> None:
         """Begin a subscription, or begin it again. Its reply is the first line in its send queue."""
         delivery, session, streams = self._services.delivery, self._session, self._streams
-        pattern = request.pattern
+        pattern, cursor = request.pattern, delivery.position
+        known = session.subscriptions.get(pattern)
+        if known is not None and known.lagging and request.retained and request.since is None:
+            # What it has not got yet follows the snapshot.
+            cursor = known.cursor
         replaced = self._remove(pattern)
         if replaced is not None:
             self._end_stream(replaced)
@@ -49,21 +57,38 @@ class SessionSubscriptions:
             if streams is not None and request.datagrams:
                 send_datagram = streams.send_datagram
             send_queue = session.send_queue if own_stream is None else own_stream
-            subscription = Subscription(send_queue, session.producer, send_datagram)
-        session.subscribed(request, subscription, delivery.position, self._services.log.epoch)
+            subscription = Subscription(
+                send_queue, session.producer, send_datagram, retained=request.retained, client=session.usage.client
+            )
+        session.subscribed(request, subscription, cursor, self._services.log.epoch)
         self._services.client_usages.add_subscriptions(session.usage, 1)
-        delivery.subscribe(subscription, pattern, request.since, request.epoch)
+        if request.retained and request.since is None:
+            delivery.subscribe_from_snapshot(subscription, (pattern,), cursor)
+        else:
+            delivery.subscribe(subscription, pattern, request.since, request.epoch)
+        if request.presence:
+            self._presence.watch(pattern, subscription.send_queue)
 
-    def subscribe_event_stream(self, patterns: Collection[str], since: int | None, epoch: str | None) -> None:
+    def subscribe_event_stream(
+        self,
+        patterns: Collection[str],
+        since: int | None,
+        epoch: str | None,
+        *,
+        retained: bool = False,
+        presence: bool = False,
+    ) -> None:
         """Begin one subscription to all patterns, with one cursor. Raises `PeerError`."""
         services, session = self._services, self._session
         session.check_subscribe(patterns)
         services.client_usages.check_subscriptions(session.usage, len(patterns))
         # A stream has no producer: what it filtered would come after it was resumed.
-        subscription = Subscription(session.send_queue)
+        subscription = Subscription(session.send_queue, retained=retained, client=session.usage.client)
         session.subscriptions.update(dict.fromkeys(patterns, subscription))
         services.client_usages.add_subscriptions(session.usage, len(patterns))
         services.delivery.subscribe_all(subscription, patterns, since, epoch)
+        for pattern in patterns if presence else ():
+            self._presence.watch(pattern, session.send_queue)
 
     def unsubscribe(self, request: Unsubscribe) -> None:
         """End a subscription, and acknowledge it after its last message."""
@@ -121,6 +146,7 @@ class SessionSubscriptions:
     def _remove(self, pattern: str) -> Subscription | None:
         """Deliver nothing more for a pattern. Return its subscription, or None without one."""
         subscription = self._session.remove_subscription(pattern)
+        self._presence.unwatch(pattern)
         if subscription is not None:
             self._services.delivery.unsubscribe(subscription, pattern)
             self._services.client_usages.add_subscriptions(self._session.usage, -1)

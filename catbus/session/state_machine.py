@@ -8,13 +8,13 @@ When `closing` is set, the driver closes the connection after the contents of th
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Hashable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, replace
 from enum import Enum, auto
 from math import inf
 from typing import Any
 
-from msgspec import Raw
+from msgspec import UNSET, Raw
 
 from ..auth.grants import Grants, Identity
 from ..close_codes import CloseCode
@@ -25,25 +25,29 @@ from ..error_codes import RETRYABLE, ErrorCode
 from ..errors import PeerError
 from ..limits.client_usage import ClientUsage
 from ..limits.unauthenticated import UNAUTHENTICATED_OBJECT_BYTES
-from ..log import APPEND_OVERHEAD, CONFLICT, EPHEMERAL_SIZE, UNDECIDED, Append, Entry, Outcome, Rejected
+from ..log import APPEND_OVERHEAD, Append, Entry, Outcome, Rejected
+from ..presence.interface import MAX_INFO
 from ..protocol import wire_messages as wire
 from ..protocol.channels import check_channel, check_pattern, is_reserved
 from ..protocol.json_splitter import JsonSplitter
 from ..protocol.server_sent_events import encode_reply
 from ..protocol.wire_messages import ProtocolVersion, Reply
+from .appends import RESERVED, Settle, conflict_as_unknown, make_append, unknown_if_retry
 from .effects import (
     AppendMessage,
     BroadcastMessage,
     CheckPublish,
     Effect,
     EndSubscription,
+    JoinChannel,
+    LeaveChannel,
     ReadHistory,
+    ReadMembers,
     SendHeads,
     StartSubscription,
     VerifyToken,
 )
-
-Settle = Callable[[Append, Outcome], None]
+from .error_replies import error_reply
 
 
 class SessionState(Enum):
@@ -60,6 +64,7 @@ class SessionLimits:
 
     message_size: int = 65_536
     subscriptions: int = 1_000
+    joined_channels: int = 100
     auth_timeout: float = 10.0
     token_grace: float = 30.0
 
@@ -93,6 +98,8 @@ class Session:
         """What its client uses. It stays the same for the whole session, so that publishes keep their order."""
         self.subscriptions: dict[str, Subscription] = {}
         """By pattern. The patterns of a first-version session share one subscription."""
+        self.channels: set[str] = set()
+        """The channels of which it is a member."""
         self.pending = 0
         """Publishes that have not been settled yet."""
         self.published = 0
@@ -235,7 +242,8 @@ class Session:
         if self.state is SessionState.CLOSED and self.closing is None:
             pass
         elif isinstance(outcome, Rejected):
-            self.send(wire.PublishError(append.channel, outcome.message, outcome.code, append.id))
+            seq = outcome.retained_seq
+            self.send(wire.PublishError(append.channel, outcome.message, outcome.code, append.id, seq=seq))
         elif append.acknowledge:
             self.send(wire.Published(append.channel, append.id, outcome.seq, outcome.duplicate))
         if self._on_settled is not None:
@@ -251,7 +259,8 @@ class Session:
             self.reject_request(request, error)
             return
         messages = [
-            wire.ChannelMessage(e.channel, Raw(e.payload), request.pattern, e.seq, e.at, e.sender) for e in entries
+            wire.ChannelMessage(e.channel, Raw(e.payload), request.pattern, e.seq, e.at, e.sender, e.retain)
+            for e in entries
         ]
         page = wire.encode(wire.HistoryPage(messages, more, request.id), self.protocol)
         erased = PeerError(ErrorCode.UNAVAILABLE, "messages of this page were erased just now: request it again")
@@ -259,7 +268,35 @@ class Session:
         if page is not None and instead is not None:
             self.send_queue.put(HistoryLine(page, [e.seq for e in entries], instead))
 
-    def reject_request(self, request: wire.History | wire.Subscribe, error: PeerError) -> None:
+    def joined(self, request: wire.Join) -> None:
+        """Acknowledge that the session is a member of a channel."""
+        self.channels.add(request.channel)
+        self.send(wire.Joined(request.channel, request.id))
+
+    def left(self, channel: str, number: int | None = None) -> None:
+        """Tell the client that the session is not a member of a channel. `number`: the id of its request, if any."""
+        self.channels.discard(channel)
+        self.send(wire.Left(channel, number))
+
+    def unreadable_channels(self) -> list[str]:
+        """Return the channels of which the session is a member although its grants do not allow to read them."""
+        grants = Grants() if self.identity is None else self.identity.grants
+        return [channel for channel in self.channels if not grants.may_read(channel)]
+
+    def send_members(self, request: wire.ListMembers, members: list[wire.ChannelMember], next_page: str | None) -> None:
+        """Send a page of members, unless the client's permission was withdrawn meanwhile."""
+        if self.closed:
+            return
+        try:
+            self._check_readable(request.pattern)
+        except PeerError as error:
+            self.reject_request(request, error)
+        else:
+            self.send(wire.MemberList(members, next=next_page, id=request.id))
+
+    def reject_request(
+        self, request: wire.History | wire.Subscribe | wire.Join | wire.ListMembers, error: PeerError
+    ) -> None:
         """Send the error reply to a request."""
         self.send(error_reply(request, error))
 
@@ -318,7 +355,7 @@ class Session:
             if self.closed:
                 return  # Without a reply, the client publishes it again on its next connection.
             if check.rejection is not None:
-                raise _unknown_if_retry(message, check.rejection)
+                raise unknown_if_retry(message, check.rejection)
             # Meanwhile the permission may have been withdrawn.
             append = self._make_append(message, conflict_as_unknown(self.settled) if check.replaced else self.settled)
         self.published += 1
@@ -338,6 +375,29 @@ class Session:
     def _history(self, message: wire.History) -> Iterator[Effect]:
         self._check_readable(message.pattern)
         yield ReadHistory(message)
+
+    def _join(self, message: wire.Join) -> Iterator[Effect]:
+        self._check_channel_readable(message.channel)
+        info = b"null" if message.info is UNSET else wire.payload_bytes(message.info)
+        if len(info) > MAX_INFO:
+            raise PeerError(ErrorCode.TOO_LARGE, f"`info` may have at most {MAX_INFO} bytes")
+        if message.channel not in self.channels and len(self.channels) >= self._limits.joined_channels:
+            raise PeerError(
+                ErrorCode.LIMIT, f"a session is a member of at most {self._limits.joined_channels} channels"
+            )
+        yield JoinChannel(message, None if info == b"null" else info)
+
+    def _leave(self, message: wire.Leave) -> Iterator[Effect]:
+        self._authenticated()
+        check_channel(message.channel)
+        if message.channel in self.channels:
+            yield LeaveChannel(message)
+        else:
+            self.left(message.channel, message.id)
+
+    def _list_members(self, message: wire.ListMembers) -> Iterator[Effect]:
+        self._check_readable(message.pattern)
+        yield ReadMembers(message)
 
     def _ping(self, message: wire.Ping) -> Iterator[Effect]:
         self.send(wire.Pong(message.seq))
@@ -365,6 +425,13 @@ class Session:
         if added and len(self.subscriptions) + added > self._limits.subscriptions:
             raise PeerError(ErrorCode.LIMIT, f"at most {self._limits.subscriptions} subscriptions a session")
 
+    def _check_channel_readable(self, channel: str) -> None:
+        identity = self._known_identity()
+        check_channel(channel)
+        if is_reserved(channel) or not identity.grants.may_read(channel):
+            text = RESERVED if is_reserved(channel) else "no read grant covers this channel"
+            raise PeerError(ErrorCode.UNAUTHORIZED, text)
+
     def _check_readable(self, pattern: str) -> None:
         identity = self._known_identity()
         check_pattern(pattern)
@@ -378,72 +445,8 @@ _HANDLERS: dict[type, Callable[[Session, Any], Iterator[Effect]]] = {
     wire.Unsubscribe: Session._unsubscribe,
     wire.Publish: Session._publish,
     wire.History: Session._history,
+    wire.Join: Session._join,
+    wire.Leave: Session._leave,
+    wire.ListMembers: Session._list_members,
     wire.Ping: Session._ping,
 }
-
-
-def conflict_as_unknown(settle: Settle) -> Settle:
-    """Settle a message whose payload a hook has replaced: a retry may have got another replacement than the first try.
-
-    Then the log takes it for another message, and nothing shows whether the first try was published.
-    """
-    return lambda append, outcome: settle(append, UNDECIDED if outcome == CONFLICT else outcome)
-
-
-def _unknown_if_retry(message: wire.Publish, rejection: PeerError) -> PeerError:
-    """Return the error for a publish that a hook rejects. The first try of a retry may have been published."""
-    return PeerError(ErrorCode.UNKNOWN, rejection.message) if message.retry else rejection
-
-
-def make_append(
-    message: wire.Publish,
-    identity: Identity,
-    producer: bytes,
-    settle: Settle,
-    client: Hashable = None,
-    owner: object = None,
-) -> Append:
-    """Return what a publish appends to the log. Raises `PeerError` when it is not allowed.
-
-    `owner` and `client`: see `Append`.
-    """
-    check_channel(message.channel)
-    if not identity.grants.may_write(message.channel):
-        reserved = 'channels that begin with "_" are reserved for the broker'
-        text = reserved if is_reserved(message.channel) else "no write grant covers this channel"
-        raise PeerError(ErrorCode.UNAUTHORIZED, text)
-    if message.retry and None in (message.id, message.after, message.epoch):
-        raise PeerError(ErrorCode.BAD_MESSAGE, "a retry needs `id`, and the `after` and `epoch` of its first sending")
-    if message.ephemeral:
-        size = len(message.channel) + len(bytes(message.payload)) + len(wire.to_json(identity.client_id))
-        if size > EPHEMERAL_SIZE:
-            raise PeerError(ErrorCode.TOO_LARGE, f"an ephemeral message may have at most {EPHEMERAL_SIZE} bytes")
-    return Append(
-        channel=message.channel,
-        payload=wire.payload_bytes(message.payload),
-        settle=settle,
-        producer=producer if producer and message.id is not None else None,
-        number=message.id or 0,
-        sender=identity.client_id,
-        origin=None if message.echo else producer or None,
-        after=message.after if message.retry else None,
-        id=message.id,
-        acknowledge=message.ack,
-        owner=owner,
-        client=client,
-    )
-
-
-def error_reply(message: wire.ClientMessage, error: PeerError) -> Reply:
-    """Return the error reply to a message, of the type that its sender waits for."""
-    match message:
-        case wire.Auth():
-            return wire.AuthError(error.message, error.code)
-        case wire.Subscribe(pattern=pattern) | wire.Unsubscribe(pattern=pattern):
-            return wire.SubscribeError(wire.clip(pattern), error.message, error.code, message.id)
-        case wire.Publish(channel=channel):
-            return wire.PublishError(wire.clip(channel), error.message, error.code, message.id)
-        case wire.History():
-            return wire.Error(error.message, error.code, message.id)
-        case _:
-            return wire.Error(error.message, error.code)

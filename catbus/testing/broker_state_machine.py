@@ -31,16 +31,18 @@ from .machine_state import (
     some_grants,
     some_patterns,
 )
+from .presence_rules import PresenceRules
 from .protocol_client import Message, ProtocolClient
 from .reference_model import ModelSession, ReferenceModel
+from .retained_rules import RetainedRules
 from .strategies import cut, hostile_streams
 
 cuts = st.lists(st.integers(0, 80), max_size=3).map(sorted)
-some_options = st.sampled_from([[], ["stream"], ["datagrams"], ["stream", "datagrams"]])
+some_options = st.lists(st.sampled_from(["stream", "datagrams", "presence"]), unique=True)
 some_pieces = hostile_streams().flatmap(cut)
 
 
-class BrokerMachine(EventStreamRules, FirstVersionRules):
+class BrokerMachine(EventStreamRules, FirstVersionRules, PresenceRules, RetainedRules):
     """Drives a broker. Subclasses define `connect`, which opens a connection, and the `secret` that signs tokens.
 
     The broker may have any number of replicas, and `connect` may connect to any of them. No one else may publish while
@@ -96,13 +98,13 @@ class BrokerMachine(EventStreamRules, FirstVersionRules):
     def leave(self, name: str) -> str:
         client = self._absent[name] = self._clients.pop(name)
         client.connection.close()
-        del self.model.sessions[name]
+        self.model.end_session(name)
         return name
 
     @rule(name=consumes(absent), target=clients)
     @recorded
     def connect_client_again(self, name: str) -> str:
-        """Connect again, and resume every subscription at its cursor."""
+        """Connect again, resume every subscription at its cursor, and join the channels again."""
         self._reconnect(self._absent.pop(name))
         return name
 
@@ -122,6 +124,7 @@ class BrokerMachine(EventStreamRules, FirstVersionRules):
         client.authenticate(self._present_token(name, grants))
         if not self._sessions:
             self.model = ReferenceModel(client.head)
+            self._read_retained(client)
         session = ModelSession(client.client_id, grants, next(self._producers))
         self._sessions[name] = self.model.sessions[name] = session
         return name
@@ -134,7 +137,12 @@ class BrokerMachine(EventStreamRules, FirstVersionRules):
         session = ModelSession(client.client_id, before.grants, before.producer)
         self._sessions[lost.name] = self.model.sessions[lost.name] = session
         for pattern, cursor in lost.cursors.items():
-            self._subscribe(lost.name, pattern, cursor)
+            options = ["presence"] if pattern in lost.watched else []
+            if pattern in lost.states and pattern not in lost.incomplete:
+                client.states[pattern] = lost.states[pattern]
+                options.append("retained")
+            self._subscribe(lost.name, pattern, cursor, (), options)
+        self._join_again(lost.name, before.channels)
         return client
 
     def _present_token(self, name: str, grants: Grants) -> str:
@@ -218,11 +226,12 @@ class BrokerMachine(EventStreamRules, FirstVersionRules):
             self._wait_role(client, ModelSession(client.client_id, grants, 0))
         client.ping()
         expected = {pattern: self.model.expected(name, pattern, cursor) for pattern, cursor in client.cursors.items()}
-        ended = self.model.replace_grants(name, grants)
+        ended, left = self.model.replace_grants(name, grants), self.model.end_memberships(name)
         deadline = time.monotonic() + self.delivery_timeout
-        while len(client.revoked) < len(ended) and time.monotonic() < deadline:
+        while len(client.revoked) + len(client.left) < len(ended) + len(left) and time.monotonic() < deadline:
             # `revoked` on a stream of its own may come after `pong`.
             client.ping()
+        self._check_left(client, left)
         revoked, client.revoked = client.revoked, {}
         assert revoked.keys() == ended, f"{set(revoked)} was revoked, and {ended} should have been"
         for pattern, received in revoked.items():
@@ -354,6 +363,8 @@ class BrokerMachine(EventStreamRules, FirstVersionRules):
                 )
                 client.received[pattern] = []
                 client.cursors[pattern] = self.model.head
+                if pattern in client.states:
+                    self._check_state(client, pattern)
             for message in client.ephemeral:
                 known = client.ephemeral_received.setdefault(message["pattern"], set())
                 self._check_ephemeral(name, message, [message["pattern"]], known)

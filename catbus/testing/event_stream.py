@@ -35,8 +35,8 @@ class EventBlock:
 class EventStream:
     """One response to `GET /events`. Its methods block.
 
-    `url` is the origin of the HTTP endpoint; `ca`, a file of certificate authorities to trust for https. Raises
-    `OSError` if there is no response.
+    `url` is the origin of the HTTP endpoint; `options`, parameters that are set to 1 ("retained", "presence"); `ca`, a
+    file of certificate authorities to trust for https. Raises `OSError` if there is no response.
     """
 
     def __init__(
@@ -47,6 +47,7 @@ class EventStream:
         *,
         last_id: str = "",
         since: str = "",
+        options: Sequence[str] = (),
         ca: str | os.PathLike[str] | None = None,
     ) -> None:
         parts = urlsplit(url)
@@ -59,6 +60,7 @@ class EventStream:
         self._rest = b""
         self._blocks: deque[EventBlock] = deque()
         query = [("pattern", pattern) for pattern in patterns] + ([("since", since)] if since else [])
+        query += [(option, "1") for option in options]
         headers = [("Host", parts.netloc), ("Accept", "text/event-stream"), ("Authorization", f"Bearer {token}")]
         headers += [("Last-Event-ID", last_id)] if last_id else []
         request = h11.Request(method="GET", target=f"/events?{urlencode(query)}", headers=headers)

@@ -11,6 +11,7 @@ from hypothesis.stateful import Bundle, consumes, invariant, precondition, rule
 from ..auth.grants import Grants
 from ..close_codes import CloseCode
 from .event_stream import EventBlock, EventStream
+from .known_members import KnownMembers
 from .machine_state import (
     ALL,
     MachineState,
@@ -21,18 +22,25 @@ from .machine_state import (
     some_channels,
     some_grants,
 )
-from .protocol_client import Message
+from .protocol_client import Message, retain
 from .reference_model import ModelMessage, ModelSession
 
 has_event_streams = precondition(lambda self: self.http_url)
+some_options = st.lists(st.sampled_from(["retained", "presence"]), unique=True)
 
 
-class EventStreamClient:
+class EventStreamClient(KnownMembers):
     """A client of one event stream, and what it has received since the last comparison."""
 
-    def __init__(self, token: str, patterns: list[str]) -> None:
+    def __init__(self, name: str, token: str, patterns: list[str], options: list[str]) -> None:
+        super().__init__(name)
         self.token = token
         self.patterns = patterns
+        self.options = options
+        self.state: dict[str, int] | None = None
+        """The seqs of the retained messages that it shows, by channel. None if the stream began without a snapshot."""
+        self.has_snapshot = True
+        """Whether the snapshot, if there is one, is complete."""
         self.stream: EventStream | None = None
         self.last_id = ""
         self.compared = 0
@@ -48,6 +56,14 @@ class EventStreamClient:
         """The seq of the last id."""
         return int(self.last_id.partition(".")[0])
 
+    def begin(self, stream: EventStream, *, snapshot: bool = False) -> None:
+        """Read from this stream, which may begin with a snapshot of the retained messages."""
+        self.stream = stream
+        if snapshot and "retained" in self.options:
+            self.state, self.has_snapshot = {}, False
+        for pattern in self.patterns if "presence" in self.options else ():
+            self.begin_members(pattern)
+
     def cut(self) -> None:
         """Close the connection, and forget what was not read of it."""
         if self.stream is not None:
@@ -60,9 +76,21 @@ class EventStreamClient:
             before = self.position if self.last_id else 0
             self.last_id = block.id
             assert self.position >= before, f"the id {block.id} came after {before}"
+            assert self.has_snapshot, f"the id {block.id} came before the end of the snapshot"
         if block.event == "message" and "seq" in block.data:
             assert block.data["seq"] == self.position, f"{block} has another id than its message"
             self.received.append(block.data)
+            if self.state is not None and block.data.get("retain"):
+                retain(self.state, block.data)
+        elif block.event == "retained":
+            assert self.state is not None and not self.has_snapshot, f"{self.name} received {block}"
+            for message in block.data["messages"]:
+                retain(self.state, message)
+            self.has_snapshot = block.data["complete"]
+        elif block.event == "members":
+            self.add_page(block.data)
+        elif block.event == "presence":
+            self.apply_change(block.data)
         elif block.event == "message":
             assert not block.id, f"{block} is an ephemeral message, and moves the position"
             self.ephemeral.append(block.data)
@@ -92,10 +120,13 @@ class EventStreamRules(MachineState):
         patterns=several_patterns,
         grants=some_grants,
         back=st.none() | st.integers(0, 10),
+        options=some_options,
     )
     @recorded
-    def open_event_stream(self, patterns: list[str], grants: Grants, back: int | None) -> str:
+    def open_event_stream(self, patterns: list[str], grants: Grants, back: int | None, options: list[str]) -> str:
         """Open a stream for several patterns, from now on or since a seq. It needs a grant for each of them.
+
+        Now, it can begin with the retained messages; and the members can be watched.
 
         Without the grants, it is opened with all of them afterwards.
         """
@@ -103,25 +134,29 @@ class EventStreamRules(MachineState):
         since = None if back is None else max(self.model.base, self.model.head - back)
         grants = self._grants_below_root(grants if self.varied_grants else ALL)
         session = ModelSession(name, grants, 0)
-        stream = self._request_events(client := EventStreamClient(self.token(name, grants), patterns), since)
+        stream = self._request_events(
+            client := EventStreamClient(name, self.token(name, grants), patterns, options), since
+        )
         if not all(map(session.may_read, patterns)):
             assert stream.status == 403, f"{stream.status} for {patterns} with {grants}"
             stream.close()
             client.token = self.token(name, self._grants_below_root(ALL))
             stream = self._request_events(client, since)
         assert stream.status == 200, f"{stream.status} for {patterns} with {grants}"
-        client.stream = stream
+        client.begin(stream, snapshot=since is None)
         self._event_streams[name] = client
         if since is None:
             # The first id says where the stream begins: a lagging replica begins at its own position.
             self._read_block(name, client, time.monotonic() + self.reply_timeout, until_id=True)
             assert self.root or client.position <= self.model.head, f"{client.last_id} is above the head"
-            since = client.position
+            # Messages that follow a snapshot may come before `live`.
+            since = client.received[0]["seq"] - 1 if client.received else client.position
         client.compared = since
         return name
 
     def _request_events(self, client: EventStreamClient, since: int | None) -> EventStream:
-        return self.open_events(client.token, client.patterns, since="" if since is None else str(since))
+        since_text = "" if since is None else str(since)
+        return self.open_events(client.token, client.patterns, since=since_text, options=client.options)
 
     @rule(name=consumes(event_streams), target=absent_event_streams)
     @recorded
@@ -175,10 +210,11 @@ class EventStreamRules(MachineState):
 
     def _resume(self, client: EventStreamClient) -> None:
         last_id = client.last_id
-        client.stream = self.open_events(
-            client.token, client.patterns, last_id, "" if last_id else str(client.compared)
+        stream = self.open_events(
+            client.token, client.patterns, last_id, "" if last_id else str(client.compared), client.options
         )
-        assert client.stream.status == 200, client.stream.status
+        assert stream.status == 200, stream.status
+        client.begin(stream)
 
     def _expected(self, client: EventStreamClient) -> list[ModelMessage]:
         return self.model.expected_events(client.patterns, client.compared)
@@ -191,7 +227,7 @@ class EventStreamRules(MachineState):
             except TimeoutError:
                 raise AssertionError(
                     f"{name} received {client.received} of {client.patterns} after {client.compared}, "
-                    f"expected {self._expected(client)}"
+                    f"expected {self._expected(client)}; it knows the members {client.watched}"
                 ) from None
             assert block is not None, f"the broker ended the event stream of {name}"
             client.handle(block)
@@ -209,6 +245,12 @@ class EventStreamRules(MachineState):
                 self._check_position(name, client)
             self._drain(name, client)
             compare(client.received, wanted)
+            if client.state is not None:
+                state = self.model.retained(client.patterns)
+                assert client.state == state, f"{name} has the state {client.state}, and it should be {state}"
+            deadline = time.monotonic() + self.delivery_timeout
+            while not all(client.knows_members_of(self.model, pattern) for pattern in client.watched):
+                self._read_block(name, client, deadline)
             for message in client.ephemeral:
                 self._check_ephemeral(name, message, client.patterns, client.ephemeral_received)
             client.received, client.ephemeral, client.compared = [], [], max(client.compared, self.model.head)

@@ -203,9 +203,11 @@ def make_machine(
         def connect_first_version(self) -> ThreadedConnection:
             return target.connect_websocket(next(self._connections))
 
-        def open_events(self, token: str, patterns: Sequence[str], last_id: str = "", since: str = "") -> EventStream:
+        def open_events(
+            self, token: str, patterns: Sequence[str], last_id: str = "", since: str = "", options: Sequence[str] = ()
+        ) -> EventStream:
             url, ca = target.http_urls[next(self._connections) % len(target.http_urls)]
-            return EventStream(url, token, patterns, last_id=last_id, since=since, ca=ca)
+            return EventStream(url, token, patterns, last_id=last_id, since=since, options=options, ca=ca)
 
         def token(self, name: str, grants: Grants) -> str:
             # Client ids of its own: an administrator disconnects these clients.

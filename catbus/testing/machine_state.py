@@ -72,9 +72,11 @@ class MachineState(RuleBasedStateMachine):
         """Open a connection for a client of the first version of the protocol; by default, as `connect` does."""
         return self.connect()
 
-    def open_events(self, token: str, patterns: Sequence[str], last_id: str = "", since: str = "") -> EventStream:
-        """Request an event stream; by default, from `http_url`."""
-        return EventStream(self.http_url, token, patterns, last_id=last_id, since=since)
+    def open_events(
+        self, token: str, patterns: Sequence[str], last_id: str = "", since: str = "", options: Sequence[str] = ()
+    ) -> EventStream:
+        """Request an event stream; by default, from `http_url`. The arguments are those of `EventStream`."""
+        return EventStream(self.http_url, token, patterns, last_id=last_id, since=since, options=options)
 
     def token(self, name: str, grants: Grants) -> str:
         """Return a token with these grants for the client id `name`."""
@@ -139,7 +141,8 @@ class MachineState(RuleBasedStateMachine):
     def _check_published(self, name: str, request: Message, reply: Message, *, echo: bool = True) -> None:
         channel, payload, head = request["channel"], request["payload"], self.model.head
         seq = reply.get("seq") if self.root else None
-        wanted = self.model.publish(name, channel, payload, echo=echo, seq=seq)
+        retain = request.get("retain", False)
+        wanted = self.model.publish(name, channel, payload, echo=echo, seq=seq, retain=retain)
         if wanted is None:
             assert (reply["type"], reply.get("code")) == ("publish_error", "unauthorized"), reply
         else:

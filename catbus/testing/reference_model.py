@@ -37,6 +37,7 @@ class ModelMessage:
     sender: str | None
     producer: int
     echo: bool
+    retain: bool = False
 
 
 @dataclass
@@ -55,6 +56,8 @@ class ModelSession:
     grants: Grants
     producer: int
     subscriptions: dict[str, ModelSubscription] = field(default_factory=dict)
+    channels: dict[str, Any] = field(default_factory=dict)
+    """The channels of which it is a member, and its info there."""
 
     def may_read(self, pattern: str) -> bool:
         return any(covers(grant, pattern) for grant in self.grants.read)
@@ -69,14 +72,27 @@ class ReferenceModel:
     def __init__(self, base: int = 0) -> None:
         self.base = base
         self.log: list[ModelMessage] = []
+        self.retained_before: dict[str, int] = {}
+        """The seqs of the retained messages at `base`, by channel."""
         self.sessions: dict[str, ModelSession] = {}
+        self.lost: set[tuple[str, str | None]] = set()
+        """Members whose connection has ended: their leave is announced after a grace, unless they come back."""
+        self.joined: set[tuple[str, str | None]] = set()
+        """All members so far. Others were members before the model began, and have ended."""
 
     @property
     def head(self) -> int:
         return self.log[-1].seq if self.log else self.base
 
     def publish(
-        self, name: str, channel: str, payload: Any, *, echo: bool = True, seq: int | None = None
+        self,
+        name: str,
+        channel: str,
+        payload: Any,
+        *,
+        echo: bool = True,
+        seq: int | None = None,
+        retain: bool = False,
     ) -> int | None:
         """Append a message and return its seq, or None if it is rejected (section 9.1).
 
@@ -86,8 +102,18 @@ class ReferenceModel:
         if not session.may_write(channel):
             return None
         seq = self.head + 1 if seq is None else seq
-        self.log.append(ModelMessage(seq, channel, payload, session.client_id, session.producer, echo))
+        self.log.append(ModelMessage(seq, channel, payload, session.client_id, session.producer, echo, retain))
         return seq
+
+    def retained(self, patterns: Collection[str]) -> dict[str, int]:
+        """Return the seqs of the retained messages of matching channels: a map fed with the log (section 8.1)."""
+        state = dict(self.retained_before)
+        for entry in self.log:
+            if entry.retain:
+                state.pop(entry.channel, None)
+                if entry.payload is not None:
+                    state[entry.channel] = entry.seq
+        return {channel: seq for channel, seq in state.items() if any(matches(p, channel) for p in patterns)}
 
     def subscribe(self, name: str, pattern: str, since: int | None = None) -> bool:
         """Subscribe if it is allowed, and return whether it is. Without `since`, from the head on (section 8)."""
@@ -115,6 +141,42 @@ class ReferenceModel:
         for pattern in ended:
             del session.subscriptions[pattern]
         return ended
+
+    def join(self, name: str, channel: str, info: Any) -> bool:
+        """Make a session a member of a channel if it is allowed, and return whether it is (section 9.4)."""
+        session = self.sessions[name]
+        if not session.may_read(channel):
+            return False
+        session.channels[channel] = info
+        self.lost.discard((channel, session.client_id))
+        self.joined.add((channel, session.client_id))
+        return True
+
+    def leave(self, name: str, channel: str) -> None:
+        """End a membership, if there is one."""
+        self.sessions[name].channels.pop(channel, None)
+
+    def end_memberships(self, name: str) -> set[str]:
+        """End the memberships of a client that its grants do not allow, and return their channels."""
+        session = self.sessions[name]
+        ended = {channel for channel in session.channels if not session.may_read(channel)}
+        for channel in ended:
+            del session.channels[channel]
+        return ended
+
+    def end_session(self, name: str) -> None:
+        """End a session, because its connection has ended."""
+        session = self.sessions.pop(name)
+        self.lost |= {(channel, session.client_id) for channel in session.channels}
+
+    def members(self, pattern: str) -> dict[tuple[str, str | None], Any]:
+        """Return the info of each member, by channel and client_id, of the channels that match."""
+        return {
+            (channel, session.client_id): info
+            for session in self.sessions.values()
+            for channel, info in session.channels.items()
+            if matches(pattern, channel)
+        }
 
     def expected(self, name: str, pattern: str, after: int) -> list[ModelMessage]:
         """Return the messages that a subscription has to receive after the seq `after`, in order, each once."""

@@ -12,7 +12,7 @@ from typing import Any, Union, get_args, get_origin, get_type_hints
 
 import msgspec
 from hypothesis import strategies as st
-from msgspec import Raw
+from msgspec import UNSET, Raw, UnsetType
 
 from ..auth.grants import Grants
 from ..auth.tokens import sign
@@ -85,6 +85,8 @@ def _values(hint: Any) -> st.SearchStrategy[Any]:
         return st.floats(allow_nan=False, allow_infinity=False)
     if hint is Raw:
         return payloads().map(Raw)
+    if hint is UnsetType:
+        return st.just(UNSET)
     origin, arguments = get_origin(hint), get_args(hint)
     if origin in (Union, UnionType):
         return st.one_of(*map(_values, arguments))

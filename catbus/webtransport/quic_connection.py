@@ -24,6 +24,7 @@ from aioquic.tls import Epoch
 from cryptography.hazmat.primitives.serialization import Encoding
 
 from . import varint
+from .connection_ids import ALL_CONNECTION_IDS, ConnectionIdShare
 from .http3_error_codes import Http3ErrorCode
 from .quic_configuration import WebTransportConfiguration
 
@@ -89,6 +90,7 @@ class BoundedQuicConnection(QuicConnection):
         original_destination: bytes | None = None,
         retry_source: bytes | None = None,
         reset_token: Callable[[bytes], bytes] | None = None,
+        share: ConnectionIdShare = ALL_CONNECTION_IDS,
     ) -> None:
         super().__init__(
             configuration=configuration.quic,
@@ -102,6 +104,7 @@ class BoundedQuicConnection(QuicConnection):
         self._stream_window = configuration.limits.stream_window
         self._consumed = 0
         self._reset_token = reset_token
+        self._share = share
         self.peer_supports_reset_stream_at = False
         """Whether the peer supports RESET_STREAM_AT."""
         self._deferred_resets: dict[int, DeferredReset] = {}
@@ -117,6 +120,9 @@ class BoundedQuicConnection(QuicConnection):
         self._local_max_streams_uni.value = self._local_max_streams_uni.sent = (
             configuration.limits.incoming_unidirectional
         )
+        # aioquic keeps the first ID in three places.
+        named = share.name(self._host_cids[0].cid)
+        self._host_cids[0].cid = self.host_cid = self._local_initial_source_connection_id = named
         self._set_reset_tokens()
 
     # State of the connection.
@@ -393,10 +399,13 @@ class BoundedQuicConnection(QuicConnection):
         for value in (frame.stream_id, frame.error_code, frame.final_size, reliable):
             buffer.push_uint_var(value)
 
-    # Stateless resets.
+    # Connection IDs and stateless resets.
 
     def _replenish_connection_ids(self) -> None:
+        known = len(self._host_cids)
         super()._replenish_connection_ids()
+        for one in self._host_cids[known:]:
+            one.cid = self._share.name(one.cid)
         self._set_reset_tokens()
 
     def _set_reset_tokens(self) -> None:

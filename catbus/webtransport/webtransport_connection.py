@@ -15,6 +15,7 @@ from aioquic.quic.packet import QuicErrorCode, QuicFrameType
 
 from . import varint
 from .connect_stream import ConnectState
+from .connection_ids import ALL_CONNECTION_IDS, ConnectionIdShare
 from .connectionless_packets import ID_LENGTH, MAX_PACKET_SIZE
 from .events import ConnectionIdIssued, ConnectionIdRetired, ConnectionLost, Datagram, Event, Terminated
 from .http3_error_codes import Http3ErrorCode, to_http3_error_code
@@ -72,17 +73,20 @@ class WebTransportConnection:
         *,
         retry_source: bytes | None = None,
         reset_token: Callable[[bytes], bytes] | None = None,
+        share: ConnectionIdShare = ALL_CONNECTION_IDS,
     ) -> WebTransportConnection:
         """Make the connection for a client's first Initial packet. Then pass that packet to `receive_datagram`.
 
         `original_destination` is the connection ID that the client chose, and `retry_source` the one that a Retry
-        packet gave it. `reset_token` returns the 16-byte stateless reset token of a connection ID.
+        packet gave it. `reset_token` returns the 16-byte stateless reset token of a connection ID. All IDs that the
+        connection issues are in `share`.
         """
         quic = BoundedQuicConnection(
             configuration,
             original_destination=original_destination,
             retry_source=retry_source,
             reset_token=reset_token,
+            share=share,
         )
         connection = cls(configuration, quic, None)
         connection._ids.add(retry_source or original_destination)

@@ -82,3 +82,30 @@ async def test_components_share_a_subscription_and_follow_their_props_and_their_
             assert await browser.run("return counted") == [6, 7]
             identities = [client.session.identity for client in broker.replica.sessions]
             assert [identity and identity.client_id for identity in identities] == ["bob"]
+
+
+async def test_hooks_show_retained_messages_and_members(browser: Browser, application: str) -> None:
+    with trio.fail_after(60):
+        async with running() as (broker, address):
+            await browser.goto(f"http://{address}/health")
+            await browser.run(application)
+            shown = {
+                "url": f"ws://{address}/ws",
+                "user": "alice",
+                "token": token("alice"),
+                "shared": ["room.*", "room.*"],
+            }
+            await browser.run("show(args[0])", shown)
+            await browser.run(WAIT_FOR_TEXT, "shared", "[[],[],true,null]")
+            # One subscription has both kinds of state for both components.
+            assert broker.replica.delivery.statistics().live == 1
+            await browser.run("await publish('room.a', 1, {retain: true})")
+            await browser.run("return await join('alice', 'room.a')")
+            wanted = [[["room.a", 1]], [["room.a", "alice", 1]], True, None]
+            await browser.run(WAIT_FOR_TEXT, "shared", json.dumps(wanted, separators=(",", ":")))
+            await browser.run("show(args[0])", {**shown, "shared": ["other.*"]})
+            await browser.run(WAIT_FOR_TEXT, "shared", "[[],[],true,null]")
+            await browser.run("show(args[0])", {**shown, "shared": ["room.a"]})
+            await browser.run(WAIT_FOR_TEXT, "shared", json.dumps(wanted, separators=(",", ":")))
+            await browser.run("await publish('room.a', null, {retain: true})")
+            await browser.run(WAIT_FOR_TEXT, "shared", '[[],[["room.a","alice",1]],true,null]')

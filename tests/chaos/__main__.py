@@ -5,10 +5,12 @@
     python -m tests.chaos --mistakes
 
 Replicas are processes of `catbus run`. Clients publish and subscribe over WebSocket and WebTransport, and subscribe
-over server-sent events, through proxies. Faults are drawn from the seed, which is printed: the same seed draws the same
-faults, but not the same moments at which they take effect. After the run the checker reads what all clients recorded.
-With `--mistakes`, replicas run with one planted mistake at a time, which the checker must find. For root, the disk of
-the database is a small one that can be filled up; otherwise that fault is left out.
+over server-sent events, through proxies. They also increment counters in retained messages, and are members of
+channels. Workers of a consumer are processes that are killed all the time. Faults are drawn from the seed, which is
+printed: the same seed draws the same faults, but not the same moments at which they take effect. After the run the
+checker reads what all clients recorded. With `--mistakes`, replicas run with one planted mistake at a time, which the
+checker must find. For root, the disk of the database is a small one that can be filled up; otherwise that fault is left
+out.
 """
 
 from __future__ import annotations
@@ -22,7 +24,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -33,18 +35,24 @@ import trio
 from catbus.auth.grants import Grants
 from catbus.config import DatabaseSettings
 from catbus.postgres.access import reconnecting_tasks
-from catbus.postgres.access.migrations import schema_files
+from catbus.postgres.access.asyncpg_bridge import DATABASE_ERRORS
+from catbus.postgres.access.migrations import schema_files, version_update
 from catbus.postgres.roles.role_store import open_roles
+from tests.postgres.proxy import Proxy
 from tests.postgres.server import execute
 
 from . import clients
+from .consumer_workers import ConsumerWorkers, prepare_consumer, wait_processed
 from .database_pair import AUDIT, DatabasePair, is_root
 from .event_stream_client import start_event_stream_clients
 from .faults import FAULTS, NO_FAULTS, FaultContext, FaultSchedule, change_roles
-from .history import AnyEvent, DatabaseStatusLogged, History, LogEntry, LogEpoch, RunEnded, now, read
-from .history_checker import PROMISES, Report, check_history
-from .mistakes import MISTAKES, STALE_MISTAKE, assert_mistakes_fit
+from .history import AnyEvent, DatabaseStatusLogged, Effect, History, LogEntry, LogEpoch, RunEnded, now, read
+from .history_checker import check_history
+from .members import list_members, start_members
+from .mistakes import EARLY_WORKERS, MISTAKES, STALE_MISTAKE, assert_mistakes_fit
 from .replica_slots import BROKER_MODULE, ReplicaSlot, open_slots
+from .report import PROMISES, Report
+from .shared_state import start_shared_state, wait_maps_settled
 
 DISK = "1500M"
 ROLES = ("red", "green")
@@ -68,8 +76,12 @@ async def run(
     *,
     only: str | None = None,
     program: Sequence[str] = BROKER_MODULE,
+    early: bool = False,
 ) -> tuple[list[AnyEvent], list[str]]:
-    """Run the load and the faults. Returns the history, and what replicas did that they never should."""
+    """Run the load and the faults. Returns the history, and what replicas and workers did that they never should.
+
+    `early`: the workers of the consumer are broken.
+    """
     rng = random.Random(seed)
     history = History(directory / FILE)
     complaints: list[str] = []
@@ -95,13 +107,16 @@ async def run(
             roles = await make_roles(database.url)
             await database.follow()
             slots = await open_slots("abc", directory, database.url, handle_log_event, rng, program, nursery)
-            database.proxies = [path for slot in slots for path in slot.database_proxies]
+            proxy = Proxy(database.url)
+            await nursery.start(proxy.run)
+            workers = ConsumerWorkers(proxy, seed, directory / "workers", early=early)
+            database.proxies = [proxy, *(path for slot in slots for path in slot.database_proxies)]
             for slot in slots:
                 slot.start()
             with trio.fail_after(60):
                 for slot in slots:
                     await slot.wait_ready()
-            unanswered = await run_load(history, slots, database, roles, minutes, seed, only, rng)
+            unanswered = await run_load(history, slots, database, workers, roles, minutes, seed, only, rng)
         finally:
             with trio.CancelScope(shield=True):
                 await database.close()
@@ -110,6 +125,7 @@ async def run(
     exits = [
         f"{slot.name} has ended by itself with status {status}" for slot in slots for status in slot.unexpected_exits
     ]
+    exits += [f"a worker of the consumer has ended by itself with {status}" for status in workers.unexpected_exits]
     if unanswered:
         exits.append(f"{unanswered} publishes were never answered")
     return history.events, [*exits, *complaints]
@@ -118,7 +134,8 @@ async def run(
 def prepare(url: str) -> None:
     """Apply the schema before the replicas do, and record everything that is appended."""
     scripts = [script for _, _, script in schema_files()]
-    execute(url, *scripts, f"UPDATE catbus.schema_version SET version = {len(scripts)}", AUDIT)
+    execute(url, *scripts, version_update(len(scripts)), AUDIT)
+    prepare_consumer(url)
 
 
 async def make_roles(url: str) -> dict[str, tuple[str, bytes]]:
@@ -135,6 +152,7 @@ async def run_load(
     history: History,
     slots: list[ReplicaSlot],
     database: DatabasePair,
+    workers: ConsumerWorkers,
     roles: dict[str, tuple[str, bytes]],
     minutes: float,
     seed: int,
@@ -169,6 +187,9 @@ async def run_load(
             tokens = {name: token for name, (token, _) in roles.items()}
             clients.start_clients(state, tokens, subscribers, publishers)
             start_event_stream_clients(state, tokens, subscribers)
+            start_shared_state(state, subscribers, publishers)
+            watchers = start_members(state, subscribers, publishers)
+            subscribers.start_soon(workers.run, state.load_ended)
             await trio.sleep(3)
             began = trio.current_time()
             async with trio.open_nursery() as faults:
@@ -192,6 +213,10 @@ async def run_load(
         await wait_moved(database)
         ((epoch, head, floor),) = await database.fetch("SELECT epoch, head, floor FROM catbus.position()")
         behind = await clients.catch_up(state, epoch, head)
+        if not await wait_processed(database):
+            print_now("the consumer never caught up")
+        await wait_maps_settled(state)
+        await list_members(state, watchers)
         history.add(
             RunEnded(at=now(), epoch=epoch, head=head, floor=floor, stayed=tuple({name for name, _ in state.cursors}))
         )
@@ -209,7 +234,11 @@ async def wait_all_answered(state: clients.LoadState) -> None:
 
 async def wait_moved(database: DatabasePair) -> None:
     """Wait until the outbox is empty."""
-    while (await database.fetch("SELECT catbus.outbox_pending()"))[0][0]:
+    while True:
+        # With little CPU, connecting can take too long even after all faults.
+        with suppress(*DATABASE_ERRORS):
+            if not (await database.fetch("SELECT catbus.outbox_pending()"))[0][0]:
+                return
         await trio.sleep(0.1)
 
 
@@ -218,39 +247,43 @@ async def record_database(history: History, database: DatabasePair) -> None:
     for epoch, after in await database.fetch("SELECT epoch, after_seq FROM catbus.epochs ORDER BY ordinal"):
         history.add(LogEpoch(at=now(), epoch=epoch, after=after))
     for epoch, seq, channel, payload in await database.fetch("SELECT * FROM audit.entries"):
-        publisher, number = msgspec.json.decode(payload)[:2]
-        history.add(LogEntry(at=now(), epoch=epoch, seq=seq, channel=channel, message=(publisher, number)))
+        message = clients.identify(msgspec.json.decode(payload))
+        history.add(LogEntry(at=now(), epoch=epoch, seq=seq, channel=channel, message=message))
+    for seq, channel, payload in await database.fetch("SELECT seq, channel, payload FROM public.effects ORDER BY id"):
+        message = clients.identify(msgspec.json.decode(payload))
+        history.add(Effect(at=now(), seq=seq, channel=channel, message=message))
 
 
 def run_once(
-    options: argparse.Namespace, directory: Path, program: Sequence[str] = BROKER_MODULE
+    options: argparse.Namespace, directory: Path, program: Sequence[str] = BROKER_MODULE, *, early: bool = False
 ) -> tuple[Report, list[str]]:
     """Run once, and return the report and the other problems."""
     with small_disk(directory / "disk"):
         events, problems = trio.run(
-            partial(run, directory, options.minutes, options.seed, only=options.only, program=program)
+            partial(run, directory, options.minutes, options.seed, only=options.only, program=program, early=early)
         )
     return check_history(events, database_only=DATABASE_ONLY), problems
 
 
 def try_mistakes(options: argparse.Namespace, directory: Path) -> bool:
-    """Run with each planted mistake, and return whether the checker found all of them.
+    """Run with each planted mistake, and return whether the checker found the promises broken that they break.
 
     Raises `AssertionError` if a mistake does not fit the broker any more, which proves nothing.
     """
     assert_mistakes_fit()
     found: list[tuple[str, list[str]]] = []
-    for name, (_, kind) in MISTAKES.items():
+    for name, (_, kind, promise) in MISTAKES.items():
         options.only, options.minutes = kind, 0.4
         broken: list[str] = []
         for attempt in range(ATTEMPTS):
             place = directory / f"{len(found)}-{attempt}"
             place.mkdir()
-            report, problems = run_once(options, place, ("tests.chaos.mistakes", name))
+            program = ("tests.chaos.mistakes", name)
+            report, problems = run_once(options, place, program, early=name == EARLY_WORKERS)
             stale = [problem for problem in problems if problem.endswith(f"status {STALE_MISTAKE}")]
             assert not stale, f"the planted mistake {name!r} fails itself: {stale[0]}"
-            broken = [PROMISES[promise] for promise in report.broken]
-            if broken:
+            if promise in report.broken:
+                broken = [PROMISES[each] for each in report.broken]
                 break
             options.seed += 1
         found.append((name, broken))

@@ -20,6 +20,7 @@ from catbus.client import (
     Gap,
     Head,
     Live,
+    LiveMap,
     Message,
     Reconnected,
     Reconnecting,
@@ -37,6 +38,7 @@ from tests.postgres.sql import open_sql
 
 from .database_pair import DatabasePair
 from .history import (
+    REMOVAL,
     Answered,
     CaughtUp,
     Connected,
@@ -84,6 +86,10 @@ class LoadState:
     cursors: dict[tuple[str, str], HasCursor] = field(default_factory=dict)
     """The cursor of each subscription, by subscriber and pattern."""
     buses: dict[str, Bus] = field(default_factory=dict)
+    maps: dict[str, LiveMap[str, Message]] = field(default_factory=dict)
+    """The live maps of retained messages, by watcher."""
+    staying: set[str] = field(default_factory=set)
+    """The members that stay."""
     published: int = 0
     answered: int = 0
     received: int = 0
@@ -104,7 +110,7 @@ class LoadClient:
         self._transports = transports
         self._dials = count(state.rng.randrange(2))
         self._last_dialled: tuple[str, str] | None = None
-        self._replica = ""
+        self.replica = ""
 
     async def dial(self) -> Transport:
         transport = self._transports[next(self._dials) % len(self._transports)]
@@ -139,21 +145,21 @@ class LoadClient:
 
     def record_connected(self) -> None:
         if self._last_dialled is not None:
-            self._replica, transport = self._last_dialled
-            self.state.history.add(Connected(at=now(), client=self.name, replica=self._replica, transport=transport))
+            self.replica, transport = self._last_dialled
+            self.state.history.add(Connected(at=now(), client=self.name, replica=self.replica, transport=transport))
 
     def record_connected_once(self) -> None:
-        if not self._replica:
+        if not self.replica:
             self.record_connected()
 
     def record_left(self) -> None:
         """Record nothing when the connection ends, because that is not a loss."""
-        self._replica = ""
+        self.replica = ""
 
     def record_lost(self) -> None:
-        if self._replica:
-            self.state.history.add(ConnectionLost(at=now(), client=self.name, replica=self._replica))
-            self._replica = ""
+        if self.replica:
+            self.state.history.add(ConnectionLost(at=now(), client=self.name, replica=self.replica))
+            self.replica = ""
 
     def _note(self, event: object) -> None:
         if isinstance(event, Reconnected):
@@ -238,7 +244,7 @@ async def subscribe(
     """Subscribe to each pattern with its own cursor, until cancelled."""
     async with client.connect() as bus, trio.open_nursery() as nursery:
         for pattern in patterns:
-            nursery.start_soon(_subscribe_once, client, bus, pattern, None, stream, pause, buffer)
+            nursery.start_soon(subscribe_once, client, bus, pattern, None, stream, pause, buffer)
 
 
 async def reconnect_periodically(client: LoadClient, pattern: str) -> None:
@@ -247,11 +253,11 @@ async def reconnect_periodically(client: LoadClient, pattern: str) -> None:
     while True:
         with trio.move_on_after(client.state.rng.uniform(3, 10)):
             async with client.connect() as bus:
-                await _subscribe_once(client, bus, pattern, where)
+                await subscribe_once(client, bus, pattern, where)
         await trio.sleep(client.state.rng.uniform(0, 0.5))
 
 
-async def _subscribe_once(
+async def subscribe_once(
     client: LoadClient,
     bus: Bus,
     pattern: str,
@@ -306,9 +312,16 @@ async def _subscribe_once(
             await trio.sleep(0.1)
 
 
+def identify(payload: Any) -> tuple[str, int]:
+    """Return what identifies a message with this payload."""
+    if payload is None:
+        return REMOVAL
+    publisher, number = payload[:2]
+    return publisher, number
+
+
 def record_received(state: LoadState, name: str, pattern: str, epoch: str, message: Message, session: int = 0) -> None:
     state.received += 1
-    publisher, number = message.payload[:2]
     state.history.add(
         Received(
             at=now(),
@@ -317,7 +330,7 @@ def record_received(state: LoadState, name: str, pattern: str, epoch: str, messa
             epoch=epoch,
             seq=message.seq or 0,
             channel=message.channel,
-            message=(publisher, number),
+            message=identify(message.payload),
             sent=(message.at or 0) / 1000,
             session=session,
         )
@@ -342,27 +355,32 @@ class RawClient(LoadClient):
         rng = self.state.rng
         while True:
             with trio.move_on_after(rng.uniform(1, 5)):
-                await self._stay_connected()
+                await self.stay_connected()
             self.record_left()
             await trio.sleep(rng.uniform(0.1, 1.0))
 
-    async def _stay_connected(self) -> None:
+    async def stay_connected(self) -> None:
+        """Connect again and again."""
         while True:
-            try:
-                transport = await self.dial()
-                async with trio.open_nursery() as nursery:
-                    if isinstance(transport, DrivenTransport):
-                        nursery.start_soon(transport.run)
-                    try:
-                        await self._run_session(transport)
-                    finally:
-                        with trio.move_on_after(0.5, shield=True):
-                            await transport.aclose()
-                        nursery.cancel_scope.cancel()
-            except* Disconnected:
-                pass
-            self.record_lost()
+            await self.connect_once()
             await trio.sleep(self.state.rng.uniform(0.05, 0.3))
+
+    async def connect_once(self) -> None:
+        """Connect, and stay until the connection is lost."""
+        try:
+            transport = await self.dial()
+            async with trio.open_nursery() as nursery:
+                if isinstance(transport, DrivenTransport):
+                    nursery.start_soon(transport.run)
+                try:
+                    await self._run_session(transport)
+                finally:
+                    with trio.move_on_after(0.5, shield=True):
+                        await transport.aclose()
+                    nursery.cancel_scope.cancel()
+        except* Disconnected:
+            pass
+        self.record_lost()
 
     async def _run_session(self, transport: Transport) -> None:
         self._session += 1
@@ -372,19 +390,20 @@ class RawClient(LoadClient):
         while True:
             with trio.move_on_after(0.5) as limit:
                 chunk = await transport.receive()
-                silent = 0
-                for message in objects.feed(chunk.data) if chunk.stream == MAIN_STREAM else [_decode(chunk.data)]:
-                    assert not isinstance(message, PeerError), message
-                    request = self._handle(message)
-                    if request is not None:
-                        await transport.send(_line(request))
-                if transport.pending:
-                    await transport.send(b"")
             if limit.cancelled_caught:
                 silent += 1
                 if silent > 4:
                     return
                 await transport.send(_line({"type": "ping", "seq": silent}))
+                continue
+            silent = 0
+            for message in objects.feed(chunk.data) if chunk.stream == MAIN_STREAM else [_decode(chunk.data)]:
+                assert not isinstance(message, PeerError), message
+                request = self._handle(message)
+                if request is not None:
+                    await transport.send(_line(request))
+            if transport.pending:
+                await transport.send(b"")
 
     def _handle(self, message: dict[str, Any]) -> dict[str, Any] | None:
         history, name, pattern = self.state.history, self.name, self._pattern

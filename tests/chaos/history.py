@@ -12,21 +12,31 @@ from msgspec import Struct
 Message = tuple[str, int]
 """A message by its content: its publisher, and the number that the publisher gave it."""
 
+REMOVAL: Message = ("", 0)
+"""A message without content, which removes the retained message of its channel."""
+
 
 class Event(Struct, tag=True, tag_field="event", array_like=True, frozen=True, kw_only=True):
     at: float
 
 
 class Published(Event, frozen=True):
-    """A publish is handed to the client. One publisher hands over its messages in the order of their numbers."""
+    """A publish is handed to the client. One publisher hands over its messages in the order of their numbers.
+
+    An increment of a counter publishes `value`, and expects that the retained message has the seq `expect` (0: there is
+    none). `read` is the message that its publisher has read.
+    """
 
     publisher: str
     number: int
     channel: str
+    value: int = 0
+    expect: int | None = None
+    read: Message | None = None
 
 
 class Answered(Event, frozen=True):
-    """The reply to a publish: a seq, or the code of an error."""
+    """The reply to a publish: a seq, or the code of an error. `conflict` comes with the seq of the retained message."""
 
     publisher: str
     number: int
@@ -104,6 +114,50 @@ class ConnectionLost(Event, frozen=True):
     replica: str
 
 
+class MapShown(Event, frozen=True):
+    """What a live map of retained messages shows: the seq, the epoch and the message of each channel."""
+
+    watcher: str
+    shown: dict[str, tuple[int, str, str, int]]
+
+
+class MemberJoined(Event, frozen=True):
+    """A client has become a member again, on a connection to this replica."""
+
+    member: str
+    replica: str
+
+
+class MemberLeft(Event, frozen=True):
+    """A client has closed its connection. It need not come back."""
+
+    member: str
+
+
+class MembersShown(Event, frozen=True):
+    """A watcher has received a snapshot of all members from this replica."""
+
+    watcher: str
+    replica: str
+    members: tuple[str, ...]
+
+
+class MemberAnnounced(Event, frozen=True):
+    """A watcher was told that a member is there, or (not `joined`) gone."""
+
+    watcher: str
+    member: str
+    joined: bool
+
+
+class MembersListed(Event, frozen=True):
+    """After the run: the members that a replica knows, and those that there are."""
+
+    replica: str
+    members: tuple[str, ...]
+    expected: tuple[str, ...]
+
+
 class FaultBegan(Event, frozen=True):
     """A fault begins, on one replica or, without `replica`, on several components."""
 
@@ -146,6 +200,14 @@ class LogEntry(Event, frozen=True):
     message: Message
 
 
+class Effect(Event, frozen=True):
+    """From the database after the run, in order: a worker of the consumer has processed a message."""
+
+    seq: int
+    channel: str
+    message: Message
+
+
 class LogEpoch(Event, frozen=True):
     """From the database after the run, in order: an epoch, and the seq up to which it shares the log before it."""
 
@@ -173,11 +235,18 @@ AnyEvent = (
     | SubscriptionRevoked
     | Connected
     | ConnectionLost
+    | MapShown
+    | MemberJoined
+    | MemberLeft
+    | MembersShown
+    | MemberAnnounced
+    | MembersListed
     | FaultBegan
     | FaultEnded
     | DatabaseStatusLogged
     | RoleChanged
     | LogEntry
+    | Effect
     | LogEpoch
     | RunEnded
 )

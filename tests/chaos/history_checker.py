@@ -2,34 +2,26 @@
 
 from __future__ import annotations
 
-from array import array
 from bisect import bisect_right
 from collections import defaultdict
 from collections.abc import Callable, Collection, Iterable, Iterator
-from dataclasses import dataclass, field
-
-from catbus.protocol.channels import matches
 
 from .history import (
+    REMOVAL,
     Answered,
     AnyEvent,
     CaughtUp,
-    Connected,
-    ConnectionLost,
     DatabaseStatusLogged,
-    FaultBegan,
-    FaultEnded,
     GapAnnounced,
-    LogEntry,
-    LogEpoch,
     Message,
-    Published,
     Received,
     RoleChanged,
-    RunEnded,
     SubscriptionBegan,
-    SubscriptionRevoked,
 )
+from .log_views import RECOVERY_TIME, EventsByType, FaultTimes, LogViews
+from .member_checks import check_members
+from .report import MAX_EXAMPLES, Report
+from .state_checks import check_counters, check_effects, check_maps
 
 RETENTION = 30.0
 """Minimum time in seconds for which messages stay in the log of a chaos run."""
@@ -37,112 +29,11 @@ RETENTION = 30.0
 PROMPT_LIMIT = 5.0
 """Seconds within which a message arrives, and within which a dead database connection is detected."""
 
-RECOVERY_TIME = 10.0
-"""Seconds after a fault during which its effects may continue."""
-
 REVOCATION_LIMIT = 1.0
 """Seconds after which a withdrawn permission has no effect."""
 
 FRESH_AGE = 0.25
 """Maximum age in seconds of a message that shows its receiver to have caught up."""
-
-MAX_EXAMPLES = 5
-"""Maximum number of violations of a promise that are printed in full."""
-
-PROMISES = {
-    "acknowledged": "An acknowledged message is in the log under the acknowledged seq",
-    "refused": "A publish that was rejected for good is not in the log",
-    "once": "A publish is in the log at most once, however often it was sent",
-    "ordered": "The messages of one publisher, except `unknown` ones, are in the log in the order of sending",
-    "agreed": "A seq of an epoch is the same message for all clients",
-    "increasing": "A subscription gets its messages in the order of their seqs, none of them twice",
-    "whole": "A subscription gets every message that was not announced as a gap",
-    "kept": "A message announced as deleted is older than the retention",
-    "complete": "In the end every subscription has caught up with the log",
-    "prompt": "Without a fault, a message arrives within 5 s",
-    "readable": "A client without read permission gets nothing after 1 s",
-    "writable": "A client without write permission publishes nothing after 1 s",
-    "connected": "A fault of the database alone disconnects no client",
-    "noticed": "A dead database connection is detected within 5 s",
-    "ephemeral": "An ephemeral message reaches a session at most once",
-}
-
-
-@dataclass
-class Promise:
-    name: str
-    checked: int = 0
-    """How often the promise was checked."""
-    broken: int = 0
-    examples: list[str] = field(default_factory=list)
-
-    def check(self, kept: object, text: str, *details: object) -> None:
-        """Count a check, and record a violation, described by `text` and `details`, unless `kept`."""
-        self.checked += 1
-        if not kept:
-            self.broken += 1
-            if len(self.examples) < MAX_EXAMPLES:
-                self.examples.append(text.format(*details))
-
-
-@dataclass
-class Measurement:
-    """Durations in seconds of one kind."""
-
-    name: str
-    values: list[float] = field(default_factory=list)
-
-    def at(self, part: float) -> float:
-        ordered = sorted(self.values)
-        return ordered[min(int(len(ordered) * part), len(ordered) - 1)]
-
-
-class Report:
-    """The result of each promise, measurements, and the number of faults of each kind with the publishes in flight."""
-
-    def __init__(self) -> None:
-        self.promises = {name: Promise(name) for name in PROMISES}
-        self.measurements: dict[str, Measurement] = {}
-        self.faults: dict[str, list[int]] = {}
-        self.counts: dict[str, int] = {}
-
-    def measurement(self, name: str) -> Measurement:
-        return self.measurements.setdefault(name, Measurement(name))
-
-    @property
-    def broken(self) -> list[str]:
-        """The promises that were violated."""
-        return [name for name, promise in self.promises.items() if promise.broken]
-
-    def __str__(self) -> str:
-        return "\n".join(self._lines())
-
-    def _lines(self) -> Iterator[str]:
-        yield "| Promise | Checked | Broken |"
-        yield "|---|---:|---:|"
-        for name, promise in self.promises.items():
-            yield f"| {PROMISES[name]} | {promise.checked:,} | {promise.broken:,} |"
-        yield ""
-        for name, count in self.counts.items():
-            yield f"{name}: {count:,}"
-        yield ""
-        yield "| Fault | How often | Publishes in flight then |"
-        yield "|---|---:|---:|"
-        for kind, in_flight in sorted(self.faults.items()):
-            yield f"| {kind} | {len(in_flight)} | {sum(in_flight)} |"
-        yield ""
-        yield "| Seconds | n | p50 | p99 | longest |"
-        yield "|---|---:|---:|---:|---:|"
-        for name, measurement in sorted(self.measurements.items()):
-            if measurement.values:
-                yield (
-                    f"| {name} | {len(measurement.values):,} | {measurement.at(0.5):.3f} | {measurement.at(0.99):.3f} "
-                    f"| {measurement.at(1):.3f} |"
-                )
-        for name in self.broken:
-            yield ""
-            yield f"BROKEN {self.promises[name].broken} times: {PROMISES[name]}"
-            yield from self.promises[name].examples
 
 
 def check_history(events: Iterable[AnyEvent], *, database_only: Collection[str] = ()) -> Report:
@@ -154,49 +45,27 @@ def check_history(events: Iterable[AnyEvent], *, database_only: Collection[str] 
         if isinstance(event, SubscriptionBegan | Received | CaughtUp | GapAnnounced):
             followed[event.subscriber, event.pattern].append(event)
     report = Report()
-    history = _History(by_type)
+    history = EventsByType(by_type)
     _count_events(history, report)
-    log = _Log(history, report)
+    log = LogViews(history, report)
     _check_publishes(history, log, report)
     for (subscriber, pattern), its in followed.items():
         _check_subscription(subscriber, pattern, its, history, log, report)
-    times = _Times(history)
+    times = FaultTimes(history)
     _check_promptness(history, times, report)
     _check_permissions(history, times, report)
     _check_connections(history, times, database_only, report)
     _check_notice(history, report)
     _check_ephemeral(history, report)
+    check_counters(history, log, report)
+    check_maps(history, log, report)
+    check_members(history, times, report)
+    check_effects(history, report)
     _measure_recovery(history, report)
     return report
 
 
-class _History:
-    """The events by type, each type in the order of time."""
-
-    def __init__(self, by_type: dict[type, list[AnyEvent]]) -> None:
-        def of(kind: type) -> list:  # type: ignore[type-arg]
-            return by_type.get(kind, [])
-
-        self.published: list[Published] = of(Published)
-        self.answered: list[Answered] = of(Answered)
-        self.received: list[Received] = of(Received)
-        self.gaps: list[GapAnnounced] = of(GapAnnounced)
-        self.revocations: list[SubscriptionRevoked] = of(SubscriptionRevoked)
-        self.connected: list[Connected] = of(Connected)
-        self.connections_lost: list[ConnectionLost] = of(ConnectionLost)
-        self.faults: list[FaultBegan] = of(FaultBegan)
-        self.fault_ends: dict[int, float] = {event.number: event.at for event in of(FaultEnded)}
-        self.database_status: list[DatabaseStatusLogged] = of(DatabaseStatusLogged)
-        self.role_changes: list[RoleChanged] = of(RoleChanged)
-        self.entries: list[LogEntry] = of(LogEntry)
-        self.epochs: list[LogEpoch] = of(LogEpoch)
-        self.run_ended: list[RunEnded] = of(RunEnded)
-
-    def end(self, fault: FaultBegan) -> float:
-        return self.fault_ends.get(fault.number, float("inf"))
-
-
-def _count_events(history: _History, report: Report) -> None:
+def _count_events(history: EventsByType, report: Report) -> None:
     for fault in history.faults:
         report.faults.setdefault(fault.kind, []).append(fault.in_flight)
     report.counts = {
@@ -212,103 +81,22 @@ def _count_events(history: _History, report: Report) -> None:
     }
 
 
-# The log
-
-
-class _Log:
-    """The content of the log in each epoch.
-
-    The entries of the database survived every failover, so they are in the log of the epoch in which they were
-    appended and of all later ones. A message that only subscribers have seen was in the log of the epoch in which they
-    saw it, and of earlier epochs as far as those share the log.
-    """
-
-    def __init__(self, history: _History, report: Report) -> None:
-        self.ordinals = {epoch.epoch: ordinal for ordinal, epoch in enumerate(history.epochs)}
-        self.afters = [epoch.after for epoch in history.epochs]
-        self.seen = [float("inf")] * len(self.afters)
-        """When a subscriber first learned of each epoch."""
-        self.sent: dict[tuple[int, int], float] = {}
-        """When a message of an epoch was committed, if any subscriber received it."""
-        self.kept = {entry.seq: entry for entry in history.entries}
-        self.places: dict[Message, list[int]] = {}
-        """The seqs of each message in the surviving log."""
-        self.known: set[Message] = {event.message for event in history.received}
-        """Messages that were in the log of any epoch."""
-        self._views: list[dict[int, tuple[str, Message]]] = [{} for _ in self.afters]
-        self._matching: dict[tuple[int, str], array[int]] = {}
-        for entry in history.entries:
-            self.places.setdefault(entry.message, []).append(entry.seq)
-            self.known.add(entry.message)
-            for ordinal in range(self.ordinals[entry.epoch], len(self.afters)):
-                self._views[ordinal][entry.seq] = entry.channel, entry.message
-        agreed = report.promises["agreed"]
-        for event in history.received:
-            if event.seq:
-                self._add_received(event, agreed)
-        for gap in history.gaps:
-            if gap.epoch in self.ordinals:
-                ordinal = self.ordinals[gap.epoch]
-                self.seen[ordinal] = min(self.seen[ordinal], gap.at)
-
-    def _add_received(self, event: Received, agreed: Promise) -> None:
-        seq, what = event.seq, (event.channel, event.message)
-        ordinal = self.ordinals.get(event.epoch)
-        if ordinal is None:
-            agreed.check(False, "unknown epoch: {}", event)
-            return
-        self.seen[ordinal] = min(self.seen[ordinal], event.at)
-        self.sent.setdefault((ordinal, seq), event.sent)
-        known = self._views[ordinal].setdefault(seq, what)
-        agreed.check(known == what, "other clients received {}: {}", known, event)
-        while ordinal and seq <= self.afters[ordinal]:
-            ordinal -= 1
-            self._views[ordinal].setdefault(seq, what)
-
-    def holds(self, seq: int, message: Message) -> bool:
-        """Return whether the message had this seq in the log of any epoch."""
-        if seq in self.places.get(message, ()):
-            return True
-        return any(view.get(seq, ("", None))[1] == message for view in self._views)
-
-    def is_lost(self, seq: int, at: float) -> bool:
-        """Return whether a message with this seq (0: unknown) may have been lost with the database at that time."""
-        later = zip(self.afters[1:], self.seen[1:], strict=True)
-        return any((not seq or seq > after) and at <= seen + RECOVERY_TIME for after, seen in later)
-
-    def same_up_to(self, earlier: int, later: int) -> int:
-        """Return the seq up to which the logs of two epochs are the same."""
-        return min(self.afters[earlier + 1 : later + 1])
-
-    def missing(self, ordinal: int, pattern: str, after: int, last: int) -> list[int]:
-        """Return the matching seqs with `after < seq <= last`. A subscription to several patterns has them all."""
-        if last <= after:
-            return []
-        seqs = self._matching.get((ordinal, pattern))
-        if seqs is None:
-            fits: dict[str, bool] = {}
-            found = []
-            for seq, (channel, _) in self._views[ordinal].items():
-                if channel not in fits:
-                    fits[channel] = any(matches(each, channel) for each in pattern.split())
-                if fits[channel]:
-                    found.append(seq)
-            seqs = self._matching[ordinal, pattern] = array("q", sorted(found))
-        return list(seqs[bisect_right(seqs, after) : bisect_right(seqs, last)])
-
-
 # Publishing
 
 
-def _check_publishes(history: _History, log: _Log, report: Report) -> None:
+def _check_publishes(history: EventsByType, log: LogViews, report: Report) -> None:
     acknowledged, refused = report.promises["acknowledged"], report.promises["refused"]
     latency = report.measurement("publish to acknowledgement")
     handed = {(event.publisher, event.number): event.at for event in history.published}
     for event in history.answered:
         message = event.publisher, event.number
         if event.refusal:
+            # A log that was set back can have the expected message again while an attempt is on its way.
+            open_again = event.refusal == "conflict" and log.changed_after(handed[message])
             if event.refusal != "unknown":
-                refused.check(message not in log.known, "in the log under {}: {}", log.places.get(message), event)
+                refused.check(
+                    open_again or message not in log.known, "in the log under {}: {}", log.places.get(message), event
+                )
             continue
         latency.values.append(event.at - handed[message])
         held = log.holds(event.seq, message) if event.seq else message in log.places
@@ -318,7 +106,8 @@ def _check_publishes(history: _History, log: _Log, report: Report) -> None:
             acknowledged.check(held, "in the log under {}: {}", log.places.get(message), event)
     once, ordered = report.promises["once"], report.promises["ordered"]
     for message, seqs in log.places.items():
-        once.check(len(seqs) == 1, "{} is in the log under {}", message, seqs)
+        if message != REMOVAL:
+            once.check(len(seqs) == 1, "{} is in the log under {}", message, seqs)
     last: dict[str, int] = {}
     given_up = {(event.publisher, event.number) for event in history.answered if event.refusal == "unknown"}
     for seq in sorted(log.kept):
@@ -336,7 +125,7 @@ def _check_publishes(history: _History, log: _Log, report: Report) -> None:
 
 
 def _check_subscription(
-    subscriber: str, pattern: str, events: list[AnyEvent], history: _History, log: _Log, report: Report
+    subscriber: str, pattern: str, events: list[AnyEvent], history: EventsByType, log: LogViews, report: Report
 ) -> None:
     """Check what a subscription received. It is complete up to `position` in the epoch number `ordinal`."""
     promises = report.promises
@@ -398,35 +187,7 @@ def _check_subscription(
 # Time
 
 
-class _Times:
-    """The times at which faults were active."""
-
-    def __init__(self, history: _History) -> None:
-        self.faults = [(fault.at, history.end(fault), fault) for fault in history.faults]
-
-    def under_way(self, begin: float, end: float) -> list[FaultBegan]:
-        """Return the faults that were active at any time between the two."""
-        return [fault for began, ended, fault in self.faults if began <= end and ended >= begin]
-
-    def calm(self) -> Callable[[float], bool]:
-        """Return a function that says whether no fault was active or recent. Call it in the order of time."""
-        busy: list[tuple[float, float]] = []
-        for began, ended, _ in sorted(self.faults, key=lambda each: each[:2]):
-            until = ended + RECOVERY_TIME
-            if busy and began <= busy[-1][1]:
-                busy[-1] = busy[-1][0], max(busy[-1][1], until)
-            else:
-                busy.append((began, until))
-        begins = [began for began, _ in busy]
-
-        def is_calm(at: float) -> bool:
-            index = bisect_right(begins, at) - 1
-            return index < 0 or at > busy[index][1]
-
-        return is_calm
-
-
-def _check_promptness(history: _History, times: _Times, report: Report) -> None:
+def _check_promptness(history: EventsByType, times: FaultTimes, report: Report) -> None:
     """Check latencies, except of slow subscribers and of subscribers whose permissions change."""
     is_calm, prompt = times.calm(), report.promises["prompt"]
     latency = report.measurement("commit to receipt, while nothing is wrong")
@@ -437,7 +198,7 @@ def _check_promptness(history: _History, times: _Times, report: Report) -> None:
             latency.values.append(took)
 
 
-def _check_permissions(history: _History, times: _Times, report: Report) -> None:
+def _check_permissions(history: EventsByType, times: FaultTimes, report: Report) -> None:
     """Check clients named "role/...", which have that role's permissions."""
     readable, writable = report.promises["readable"], report.promises["writable"]
     gotten: dict[str, list[Received]] = defaultdict(list)
@@ -490,7 +251,9 @@ def _withdrawals(
         before = change
 
 
-def _check_connections(history: _History, times: _Times, database_only: Collection[str], report: Report) -> None:
+def _check_connections(
+    history: EventsByType, times: FaultTimes, database_only: Collection[str], report: Report
+) -> None:
     connected = report.promises["connected"]
     connected.checked = sum(fault.kind in database_only for fault in history.faults)
     for event in history.connections_lost:
@@ -501,7 +264,7 @@ def _check_connections(history: _History, times: _Times, database_only: Collecti
     del connected.examples[MAX_EXAMPLES:]
 
 
-def _check_notice(history: _History, report: Report) -> None:
+def _check_notice(history: EventsByType, report: Report) -> None:
     noticed = report.promises["noticed"]
     said: dict[str, list[DatabaseStatusLogged]] = defaultdict(list)
     for event in history.database_status:
@@ -522,7 +285,7 @@ def _check_notice(history: _History, report: Report) -> None:
                 noticed.check(in_time and not in_time[0].available, "{}, at first, and then: {}", fault, during[:3])
 
 
-def _check_ephemeral(history: _History, report: Report) -> None:
+def _check_ephemeral(history: EventsByType, report: Report) -> None:
     seen: set[tuple[str, int, str, Message]] = set()
     for event in history.received:
         if not event.seq and event.session:
@@ -531,7 +294,7 @@ def _check_ephemeral(history: _History, report: Report) -> None:
             seen.add(key)
 
 
-def _measure_recovery(history: _History, report: Report) -> None:
+def _measure_recovery(history: EventsByType, report: Report) -> None:
     """Measure from a fault to the first current message of clients that lost their connection and may always read."""
     fresh: dict[str, list[float]] = defaultdict(list)
     for event in history.received:

@@ -10,6 +10,8 @@ import os
 import sys
 import traceback
 from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import replace
+from typing import Any
 
 import pytest
 
@@ -19,11 +21,14 @@ from catbus.cli.main_command import main
 from catbus.delivery.fan_out import Delivery
 from catbus.delivery.subscription import Subscription
 from catbus.endpoints.http.event_stream import EventStream
-from catbus.log import Append, Committed, LogPage
+from catbus.error_codes import ErrorCode
+from catbus.log import Append, Committed, Rejected, RetainedPage
+from catbus.postgres import PostgresLog
+from catbus.postgres.append import log_writer
 from catbus.postgres.append.append_batch import AppendBatch
 from catbus.postgres.append.log_writer import LogWriter
-from catbus.postgres.follow.log_reader import LogReader
-from catbus.postgres.log import PostgresLog
+from catbus.presence.member_state import SessionState
+from catbus.presence.mirror import Mirror
 from catbus.protocol import server_sent_events
 from tests.mistakes import MistakePlanter
 
@@ -57,20 +62,6 @@ def ignore_keys(planter: MistakePlanter) -> None:
     planter.replace(LogWriter, "_assign_keys", number_anew)
 
 
-def read_to_the_head(planter: MistakePlanter) -> None:
-    """Let a lagging subscription read up to the head of the database, beyond what the replica has applied."""
-    read, page = PostgresLog.read, LogReader.page
-
-    async def read_on(self: PostgresLog, after: int, *, rows: int = 1000, size: int = 1 << 20) -> LogPage:
-        if after >= self.floor - 1:
-            found = await page(self._reader, after, 1 << 62, rows, size)
-            if found.entries:
-                return found
-        return await read(self, after, rows=rows, size=size)
-
-    planter.replace(PostgresLog, "read", read_on)
-
-
 def announce_no_gap(planter: MistakePlanter) -> None:
     """Send no `gap`."""
 
@@ -96,9 +87,13 @@ def ignore_last_event_id(planter: MistakePlanter) -> None:
     subscribe = EventStream.subscribe
 
     async def subscribe_at_head(
-        self: EventStream, token: str, patterns: tuple[str, ...], cursor: tuple[int, str | None] | None
+        self: EventStream,
+        token: str,
+        patterns: tuple[str, ...],
+        cursor: tuple[int, str | None] | None,
+        **options: Any,
     ) -> None:
-        await subscribe(self, token, patterns, None)
+        await subscribe(self, token, patterns, None, **options)
 
     planter.replace(EventStream, "subscribe", subscribe_at_head)
 
@@ -113,21 +108,74 @@ def send_ids_ahead(planter: MistakePlanter) -> None:
     planter.replace(server_sent_events, "id_line", ahead)
 
 
-MISTAKES: dict[str, tuple[Callable[[MistakePlanter], None], str]] = {
-    "acknowledged before the commit": (acknowledge_early, "database killed"),
-    "a retry is not checked": (ignore_keys, "answers to clients lost"),
-    "caught up to the database's head": (read_to_the_head, "connections reset"),
-    "a gap is not announced": (announce_no_gap, "database failed over"),
-    "a revoke is not applied": (ignore_revocations, NO_FAULTS),
-    "`Last-Event-ID` is ignored": (ignore_last_event_id, "connections reset"),
-    "an `id` is ahead of what was sent": (send_ids_ahead, "connections reset"),
+def ignore_expectations(planter: MistakePlanter) -> None:
+    """Publish whatever the retained message is."""
+    number = LogWriter._assign_keys
+
+    def expect_nothing(self: LogWriter, appends: Sequence[Append]) -> AppendBatch:
+        for append in appends:
+            append.expect = None
+        return number(self, appends)
+
+    planter.replace(LogWriter, "_assign_keys", expect_nothing)
+
+
+def report_wrong_conflicts(planter: MistakePlanter) -> None:
+    """Report the seq that follows that of the present retained message."""
+
+    def conflict(retained_seq: int) -> Rejected:
+        return Rejected(ErrorCode.CONFLICT, "", retained_seq + 1)
+
+    planter.replace(log_writer, "conflict", conflict)
+
+
+def shorten_snapshots(planter: MistakePlanter) -> None:
+    """Leave the last retained message out of each page of a snapshot."""
+    read = PostgresLog.retained
+
+    async def read_less(self: PostgresLog, pattern: str, **options: Any) -> RetainedPage:
+        page = await read(self, pattern, **options)
+        return replace(page, entries=page.entries[:-1])
+
+    planter.replace(PostgresLog, "retained", read_less)
+
+
+def announce_leaves_early(planter: MistakePlanter) -> None:
+    """Announce a member as gone as soon as its session has ended."""
+    drop = Mirror._drop
+
+    def drop_at_once(self: Mirror, session: SessionState, expected: float | None, now: float) -> None:
+        drop(self, session, None, now)
+
+    planter.replace(Mirror, "_drop", drop_at_once)
+
+
+def plant_nothing(planter: MistakePlanter) -> None:
+    """Leave the broker as it is."""
+
+
+EARLY_WORKERS = "the cursor of a consumer moves before the effect"
+"""The mistake that workers make, not the broker."""
+
+MISTAKES: dict[str, tuple[Callable[[MistakePlanter], None], str, str]] = {
+    "acknowledged before the commit": (acknowledge_early, "database killed", "acknowledged"),
+    "a retry is not checked": (ignore_keys, "answers to clients lost", "once"),
+    "a gap is not announced": (announce_no_gap, "database failed over", "whole"),
+    "a revoke is not applied": (ignore_revocations, NO_FAULTS, "readable"),
+    "`Last-Event-ID` is ignored": (ignore_last_event_id, "connections reset", "whole"),
+    "an `id` is ahead of what was sent": (send_ids_ahead, "connections reset", "whole"),
+    "`expect` is ignored": (ignore_expectations, NO_FAULTS, "counted"),
+    "a conflict has a wrong seq": (report_wrong_conflicts, NO_FAULTS, "conflicts"),
+    "a snapshot lacks a retained message": (shorten_snapshots, NO_FAULTS, "mapped"),
+    "a member is gone without a grace": (announce_leaves_early, "connections reset", "stays"),
+    EARLY_WORKERS: (plant_nothing, NO_FAULTS, "processed"),
 }
-"""By name: what plants the mistake, and the faults that bring it to light."""
+"""By name: what plants the mistake, the faults that bring it to light, and the promise that it breaks."""
 
 
 def assert_mistakes_fit() -> None:
     """Raise `AssertionError` unless every mistake can be planted in the broker as it is."""
-    for plant, _ in MISTAKES.values():
+    for plant, *_ in MISTAKES.values():
         with pytest.MonkeyPatch.context() as patch:
             plant(MistakePlanter(patch))
 
@@ -140,7 +188,7 @@ def exit_stale(error: BaseException) -> None:
 
 
 if __name__ == "__main__":
-    plant, _ = MISTAKES[sys.argv.pop(1)]
+    plant, *_ = MISTAKES[sys.argv.pop(1)]
     try:
         plant(MistakePlanter(pytest.MonkeyPatch(), exit_stale))
     except (AssertionError, AttributeError) as error:

@@ -8,17 +8,25 @@ from typing import Any
 import pytest
 
 from .history import (
+    REMOVAL,
     Answered,
     AnyEvent,
     CaughtUp,
     Connected,
     ConnectionLost,
     DatabaseStatusLogged,
+    Effect,
     FaultBegan,
     FaultEnded,
     GapAnnounced,
     LogEntry,
     LogEpoch,
+    MapShown,
+    MemberAnnounced,
+    MemberJoined,
+    MemberLeft,
+    MembersListed,
+    MembersShown,
     Message,
     Published,
     Received,
@@ -27,11 +35,14 @@ from .history import (
     SubscriptionBegan,
     SubscriptionRevoked,
 )
-from .history_checker import PROMISES, Report, check_history
+from .history_checker import check_history
 from .mistakes import assert_mistakes_fit
+from .report import PROMISES, Report
 
 OLD, NEW = "old", "new"
 START = 1000.0
+COUNTER = "counters.a"
+INCREMENTS = {102: ("w1", 1), 103: ("w2", 2)}
 
 
 class HistoryBuilder:
@@ -62,6 +73,17 @@ class HistoryBuilder:
     def gap(self, first: int, last: int, epoch: str, reason: str, at: float, who: str = "s") -> None:
         fields = {"epoch": epoch, "first": first, "last": last, "reason": reason}
         self.add(GapAnnounced, at, subscriber=who, pattern="a.*", **fields)
+
+    def increment(self, publisher: str, number: int, at: float, value: int, expect: int, read: Message | None) -> None:
+        fields = {"channel": COUNTER, "value": value, "expect": expect, "read": read}
+        self.add(Published, at, publisher=publisher, number=number, **fields)
+
+    def show_map(self, at: float, seq: int = 0) -> None:
+        """A map shows the increment with this seq, or nothing."""
+        self.add(MapShown, at, watcher="m", shown={COUNTER: (seq, NEW, *INCREMENTS[seq])} if seq else {})
+
+    def announce(self, at: float, member: str, *, joined: bool) -> None:
+        self.add(MemberAnnounced, at, watcher="w", member=member, joined=joined)
 
     def add_fault(self, number: int, kind: str, at: float, end: float, replica: str = "r") -> None:
         self.add(FaultBegan, at, number=number, kind=kind, replica=replica, in_flight=1)
@@ -134,8 +156,54 @@ def sound_history() -> HistoryBuilder:
     history.add(DatabaseStatusLogged, 204.0, replica="r", available=False)
     history.receive(0, ("e", 1), 210.0, NEW, sent=0.0, session=1)
     history.receive(0, ("e", 1), 210.0, NEW, sent=0.0, session=2)
-    history.add(RunEnded, 300.0, epoch=NEW, head=7, floor=1, stayed=("s", "t", "u"))
+    tell_of_counters(history)
+    tell_of_members(history)
+    for seq, number in ((104, 12), (105, 13)):
+        history.append(NEW, seq, number, "orders.x")
+        history.add(Effect, 900.0, seq=seq, channel="orders.x", message=("p", number))
+    history.add(RunEnded, 300.0, epoch=NEW, head=7, floor=1, stayed=("s", "t", "u", "m"))
     return history
+
+
+def tell_of_counters(history: HistoryBuilder) -> None:
+    """Two writers increment a counter that was removed, both at first; one of them gets a conflict."""
+    history.append(NEW, 101, REMOVAL[1], COUNTER, REMOVAL[0])
+    history.show_map(220.0)
+    history.increment("w1", 1, 220.1, 1, 0, None)
+    history.increment("w2", 1, 220.1, 1, 0, None)
+    history.add(Answered, 220.2, publisher="w1", number=1, seq=102)
+    history.show_map(220.2, 102)
+    history.add(Answered, 220.2, publisher="w2", number=1, seq=102, refusal="conflict")
+    history.increment("w2", 2, 220.3, 2, 102, ("w1", 1))
+    history.add(Answered, 220.4, publisher="w2", number=2, seq=103)
+    history.show_map(220.4, 103)
+    for seq, (publisher, number) in INCREMENTS.items():
+        history.append(NEW, seq, number, COUNTER, publisher)
+
+
+def tell_of_members(history: HistoryBuilder) -> None:
+    """One loses its connection and comes back in time, one too late, one never, and one leaves for some seconds."""
+    for member in ("here", "late", "pausing"):
+        history.add(MemberJoined, 0.5, member=member, replica="r")
+    history.add(MembersShown, 5.0, watcher="w", replica="q", members=("here", "late", "pausing"))
+    history.add(MemberLeft, 240.0, member="pausing")
+    history.add(MemberJoined, 244.0, member="pausing", replica="r")
+    history.add_fault(11, "connections reset", 259.9, 260.0)
+    for member, back in (("here", 262.0), ("late", 280.0)):
+        history.add(ConnectionLost, 260.0, client=member, replica="r")
+        history.add(MemberJoined, back, member=member, replica="r")
+    history.announce(271.0, "late", joined=False)
+    history.announce(280.1, "late", joined=True)
+    history.add(MemberJoined, 282.0, member="mortal", replica="r")
+    history.announce(282.1, "mortal", joined=True)
+    history.add_fault(12, "replica killed", 290.0, 292.0)
+    history.add(ConnectionLost, 290.1, client="mortal", replica="r")
+    history.add(MemberLeft, 290.1, member="mortal")
+    # The watcher is told by another replica again.
+    history.add(MembersShown, 309.0, watcher="w", replica="p", members=("here", "late", "pausing", "mortal"))
+    history.announce(310.0, "mortal", joined=False)
+    there = ("here", "late", "pausing")
+    history.add(MembersListed, 315.0, replica="p", members=there, expected=there)
 
 
 def test_sound_history_passes_and_every_promise_is_checked() -> None:
@@ -176,7 +244,16 @@ BREACHES: dict[str, Callable[[HistoryBuilder], object]] = {
     "connected": lambda history: history.add(ConnectionLost, 5.5, client="s", replica="r"),
     "noticed": lambda history: change(history, DatabaseStatusLogged, {"available": False}, at=START + 205.5),
     "ephemeral": lambda history: history.receive(0, ("e", 1), 211.0, NEW, sent=0.0, session=1),
-}
+    "counted": lambda history: change(history, Published, {"publisher": "w2", "number": 2}, expect=101),
+    "conflicts": lambda history: change(history, Answered, {"publisher": "w2", "number": 1}, seq=0),
+    "mapped": lambda history: history.show_map(220.5, 102),
+    "stays": lambda history: (
+        history.announce(261.0, "here", joined=False), history.announce(262.1, "here", joined=True)
+    ),
+    "gone": lambda history: change(history, MemberAnnounced, {"member": "mortal", "joined": False}, at=START + 321.0),
+    "same members": lambda history: change(history, MembersListed, {}, members=("here",)),
+    "processed": lambda history: change(history, Effect, {"seq": 105}, seq=104),
+}  # fmt: skip
 
 ACCOMPANYING = {
     "kept": {"increasing"},
@@ -211,12 +288,58 @@ def test_checker_finds_a_violation(name: str) -> None:
         )),
         ("whole", CaughtUp(at=START + 6.5, subscriber="s", pattern="a.*", epoch=NEW, seq=5)),
         ("connected", ConnectionLost(at=START + 250.0, client="s", replica="r")),
+        ("conflicts", Answered(at=START + 221.0, publisher="w2", number=1, seq=99, refusal="conflict")),
+        ("mapped", MapShown(at=START + 221.0, watcher="m", shown={})),
+        ("stays", MembersShown(at=START + 289.0, watcher="w", replica="r", members=("here", "pausing"))),
+        ("gone", MemberAnnounced(at=START + 311.0, watcher="w", member="mortal", joined=False)),
+        ("same members", MemberAnnounced(at=START + 312.0, watcher="w", member="mortal", joined=True)),
+        ("processed", Effect(at=START + 901.0, seq=104, channel="orders.x", message=("p", 12))),
     ],
 )  # fmt: skip
 def test_checker_finds_other_violations(name: str, event: AnyEvent) -> None:
     history = sound_history()
     history.events.append(event)
     assert name in history.check_history().broken
+
+
+def test_increment_without_the_one_before_is_found() -> None:
+    history = sound_history()
+    change(history, Published, {"publisher": "w2", "number": 2}, value=3)
+    assert history.check_history().broken == ["counted"]
+
+
+@pytest.mark.parametrize(("read_at", "broken"), [(6.9, []), (60.0, ["counted"])])
+def test_writer_may_expect_a_seq_that_a_new_epoch_gave_again(read_at: float, broken: list[str]) -> None:
+    """It has read another message with this seq, before the new epoch was known."""
+    history = sound_history()
+    change(history, Published, {"publisher": "w2", "number": 2}, at=START + read_at, read=("w3", 7), value=9)
+    assert history.check_history().broken == broken
+
+
+@pytest.mark.parametrize(("sent_at", "broken"), [(6.9, []), (60.0, ["refused"])])
+def test_attempt_on_its_way_may_succeed_in_a_log_that_was_set_back(sent_at: float, broken: list[str]) -> None:
+    history = sound_history()
+    history.append(NEW, 106, 1, "counters.b", "w2")
+    change(history, Published, {"publisher": "w2", "number": 1}, at=START + sent_at, channel="counters.b")
+    change(history, Answered, {"publisher": "w2", "number": 1}, seq=106)
+    assert set(history.check_history().broken) - {"ordered", "conflicts", "mapped"} == set(broken)
+
+
+def test_members_of_a_replica_without_its_database_are_away() -> None:
+    history = sound_history()
+    history.add_fault(13, "database killed", 100.0, 104.0, replica="")
+    history.announce(115.0, "here", joined=False)
+    history.announce(116.0, "here", joined=True)
+    assert history.check_history().broken == ["stays"]
+    history.add_fault(14, "database killed", 104.0, 106.0, replica="")
+    assert history.check_history().broken == []
+
+
+def test_outages_of_the_database_delay_the_announcement() -> None:
+    history = sound_history()
+    history.add_fault(13, "database killed", 300.0, 302.0, replica="")
+    change(history, MemberAnnounced, {"member": "mortal", "joined": False}, at=START + 330.0)
+    assert history.check_history().broken == []
 
 
 @pytest.mark.parametrize(("received", "broken"), [((5, 6), []), ((6,), ["whole"])])
@@ -246,7 +369,9 @@ def test_report_has_measurements() -> None:
     assert report.measurements["replica killed to caught up"].values == [pytest.approx(1.02)]
     assert report.measurements["listener silent to noticed"].values == [pytest.approx(4.0)]
     assert report.measurements["permission withdrawn to `revoked`"].values == [pytest.approx(0.1)]
-    assert report.faults == {"database killed": [1], "listener silent": [1], "replica killed": [1]}
+    assert report.faults == {
+        "connections reset": [1], "database killed": [1], "listener silent": [1], "replica killed": [1, 1]
+    }  # fmt: skip
 
 
 def test_every_planted_mistake_fits_the_broker() -> None:

@@ -7,7 +7,7 @@ import logging
 import os
 import subprocess
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, NamedTuple
@@ -73,12 +73,13 @@ def start(tmp_path: Path) -> Iterator[Start]:
         state: Path = tmp_path / "state",
         secret: str = "",
         variables: Mapping[str, str] = MappingProxyType({}),
+        program: Sequence[str] = (sys.executable, "-m", "catbus"),
         **options: Any,
     ) -> subprocess.Popen[str]:
         environment = {name: value for name, value in os.environ.items() if not name.startswith("CATBUS_")}
         environment |= {"CATBUS_SECRET": secret} if secret else {}
         process = subprocess.Popen(
-            [sys.executable, "-m", "catbus", *arguments],
+            [*program, *arguments],
             env={**environment, "CATBUS_STATE": str(state), **variables},
             stdin=subprocess.PIPE,
             text=True,

@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 import trio
 
+from catbus.postgres.access.migrations import version_update
 from catbus.postgres.maintenance import erasure
 from tests.postgres.sql import open_sql
 
@@ -134,7 +135,7 @@ def test_wrong_usage_is_explained(catbus: Command, arguments: list[str], text: s
 def test_schema_of_another_release_is_an_error_with_advice(catbus: Command, filled: str) -> None:
     async def age() -> None:
         async with open_sql(filled) as sql:
-            await sql.execute("UPDATE catbus.schema_version SET version = 9")
+            await sql.execute(version_update(9))
 
     trio.run(age)
     status, output, errors = catbus("erase", "a", "--yes", "--database", filled)

@@ -9,6 +9,7 @@ import pytest
 import trio
 
 from catbus.cli.commands import repair as command
+from catbus.postgres.access.migrations import version_update
 from tests.postgres.sql import open_sql
 
 from .conftest import Command
@@ -75,7 +76,7 @@ def test_empty_log_has_no_missing_messages(catbus: Command, database_url: str) -
 def test_schema_of_another_release_is_an_error_with_advice(catbus: Command, damaged: str) -> None:
     async def age() -> None:
         async with open_sql(damaged) as sql:
-            await sql.execute("UPDATE catbus.schema_version SET version = 9")
+            await sql.execute(version_update(9))
 
     trio.run(age)
     status, output, errors = catbus("repair", "--database", damaged)

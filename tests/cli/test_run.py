@@ -24,8 +24,8 @@ LOCAL = WebSocketSettings(bind=("127.0.0.1:0",))
 
 
 class FakeBroker:
-    def __init__(self, *urls: str) -> None:
-        self.urls = list(urls)
+    def __init__(self, *addresses: str) -> None:
+        self.addresses = [("websocket", address) for address in addresses]
         self.stopping = trio.Event()
 
     def stop(self) -> None:
@@ -39,7 +39,7 @@ class FakeServer:
         self.starts = starts
         self.orderly = orderly
         self.started = trio.Event()
-        self.broker = FakeBroker("ws://127.0.0.1:8080/ws")
+        self.broker = FakeBroker("127.0.0.1:8080")
         self.ended = ""
 
     async def __call__(self, config: Config, *, task_status: trio.TaskStatus[FakeBroker]) -> None:
@@ -183,8 +183,9 @@ def test_sighup_names_changed_public_keys(start: Start, tmp_path: Path) -> None:
 
 
 def announced(capsys: pytest.CaptureFixture[str], form: str, token: str | None, state: str | None) -> tuple[str, str]:
-    broker = FakeBroker("ws://127.0.0.1:8080/ws", "ws://[::1]:8080/ws")
-    run._show_address(broker, Config(logging=LoggingSettings(format=form), state=state), token)  # type: ignore[arg-type]
+    broker = FakeBroker("127.0.0.1:8080", "[::1]:8080")
+    config = Config(logging=LoggingSettings(format=form), state=state)  # type: ignore[arg-type]
+    run._show_address(broker.addresses, config, token)
     output, errors = capsys.readouterr()
     return output, errors
 

@@ -11,7 +11,7 @@ import anyio.abc
 
 
 class CuttingRelay:
-    """`url` leads to the broker. `connections` counts the connections so far."""
+    """`url` leads to the address `broker`. `connections` counts the connections so far."""
 
     def __init__(self, broker: str, port: int) -> None:
         self.url = f"http://127.0.0.1:{port}"
@@ -23,7 +23,7 @@ class CuttingRelay:
         self.requests: list[bytes] = []
         """The first bytes of each connection."""
         address = urlsplit(broker)
-        self._broker = str(address.hostname), int(address.port or 0)
+        self.broker = str(address.hostname), int(address.port or 0)
         self._open: set[anyio.CancelScope] = set()
 
     def cut(self) -> None:
@@ -36,7 +36,7 @@ class CuttingRelay:
         drop = self.drop_responses > 0
         self.drop_responses -= drop
         left = self.limits.pop(0) if self.limits else 1 << 62
-        async with client, await anyio.connect_tcp(*self._broker) as broker, anyio.create_task_group() as group:
+        async with client, await anyio.connect_tcp(*self.broker) as broker, anyio.create_task_group() as group:
             self._open.add(group.cancel_scope)
             try:
                 group.start_soon(self._forward_requests, client, broker)

@@ -18,7 +18,7 @@ import trio
 import catbus
 from catbus.endpoints.http import event_stream
 from catbus.error_codes import ErrorCode
-from catbus.errors import Refused, Unavailable
+from catbus.errors import ConflictError, Refused, Unavailable
 from catbus.http import HttpClient, HttpMessage, MessageStream
 from catbus.testing.broker_in_thread import TestServer, open_test_server
 from tests.client.cutting_relay import open_relay
@@ -68,6 +68,48 @@ async def test_publish_returns_the_seq(client: HttpClient, server: TestServer) -
     assert await client.publish_many([("a", 2), ("b", "x")]) == [2, 3]
     assert await client.publish_many([]) == []
     assert await payloads(server) == [{"n": 1}, 2, "x"]
+
+
+async def test_messages_that_are_published_together_can_be_retained(client: HttpClient, server: TestServer) -> None:
+    messages = [("a", 1), ("b", 2), ("a", 3), ("c", 4), ("c", None)]
+    assert await client.publish_many(messages, retain=True) == [1, 2, 3, 4, 5]
+    async with catbus.connect(server.url, token=server.token()) as bus, bus.retained("*") as found:
+        assert {channel: message.payload for channel, message in found.items()} == {"a": 3, "b": 2}
+
+
+async def test_conflict_tells_the_present_seq(client: HttpClient, server: TestServer) -> None:
+    assert await client.publish("a", 1, retain=True, expect=0) == 1
+    with pytest.raises(ConflictError) as caught:
+        await client.publish("a", 2, retain=True, expect=0)
+    assert (caught.value.seq, caught.value.code) == (1, ErrorCode.CONFLICT)
+    assert await client.publish("a", None, retain=True, expect=1) == 2
+    with pytest.raises(ConflictError) as caught:
+        await client.publish("a", 3, retain=True, expect=2)
+    assert caught.value.seq == 0
+    assert await payloads(server) == [1, None]
+    page = await client.page("a", since=0)
+    assert [message.retain for message in page.messages] == [True, True]
+    for wrong in ({"expect": 0}, {"retain": True, "ephemeral": True}):
+        with pytest.raises(ValueError, match="expect needs retain"):
+            await client.publish("a", 1, **wrong)
+
+
+@pytest.mark.parametrize(("expect", "outcome"), [(7, ErrorCode.CONFLICT), (0, ErrorCode.UNKNOWN)])
+async def test_conflict_of_a_retry_is_final_unless_none_was_expected(
+    server: TestServer, expect: int, outcome: ErrorCode
+) -> None:
+    async with (
+        open_relay(server.http_url) as relay,
+        HttpClient(relay.url, token=server.token()) as client,
+    ):
+        relay.drop_responses = 1
+        # A success is never reported as a conflict.
+        assert await client.publish("a", 1, retain=True, expect=0) == 1
+        relay.cut()
+        relay.drop_responses = 1
+        with pytest.raises(Refused) as caught:
+            await client.publish("a", 2, retain=True, expect=expect)
+        assert caught.value.code is outcome
 
 
 async def test_publish_whose_response_is_lost_is_sent_again_and_published_once(server: TestServer) -> None:

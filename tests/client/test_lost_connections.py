@@ -10,6 +10,7 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
+from catbus.client.channel_memberships import ChannelMemberships
 from catbus.client.in_flight_requests import (
     MAX_LOST_CONNECTIONS,
     MAX_TRIES,
@@ -35,10 +36,14 @@ class Client:
     def __init__(self, *, reconnects: bool = True) -> None:
         self.in_flight = InFlightRequests(reconnects=reconnects)
         self.subscriptions = SubscriptionManager(self.in_flight.next_id)
+        self.memberships = ChannelMemberships(self.in_flight.next_id)
+
+    def open(self) -> ProtocolConnection:
+        return ProtocolConnection(self.in_flight, self.subscriptions, self.memberships)
 
     def connect(self, **fields: Any) -> ProtocolConnection:
         """An authenticated connection that has not resumed anything."""
-        protocol = ProtocolConnection(self.in_flight, self.subscriptions)
+        protocol = self.open()
         protocol.authenticate("t")
         protocol.receive(lines({**AUTH_OK, **fields}))
         sent(protocol)
@@ -49,7 +54,7 @@ class Client:
         protocol.resume()
         return protocol
 
-    def publish(self, *payloads: Any, **options: bool) -> PublishBatch:
+    def publish(self, *payloads: Any, **options: Any) -> PublishBatch:
         batch = PublishBatch(len(payloads))
         for place, payload in enumerate(payloads):
             given = {"ephemeral": False, "echo": True, **options}
@@ -100,7 +105,7 @@ def test_publish_without_a_reply_is_retried_before_newer_publishes() -> None:
 def test_next_connection_sends_the_producer_id() -> None:
     client = Client()
     client.go_on().connection_lost("gone")
-    second = ProtocolConnection(client.in_flight, client.subscriptions)
+    second = client.open()
     second.authenticate("t")
     assert sent(second)[0]["producer"] == "p1"
 
@@ -272,6 +277,35 @@ def test_draining_replica_cannot_settle_an_earlier_try(how: str) -> None:
     assert [(r["payload"], r["id"], "retry" in r) for r in sent(third)] == [("two", 2, False)]
     third.receive(lines(published(2, 101)))
     assert (codes(batch), codes(later)) == ([90], [101])
+
+
+@pytest.mark.parametrize(("expect", "outcome"), [(7, ErrorCode.CONFLICT), (0, ErrorCode.UNKNOWN)])
+def test_conflict_of_a_retry_is_final_unless_none_was_expected(expect: int, outcome: ErrorCode) -> None:
+    client = Client()
+    old = client.go_on()
+    batch = client.publish("one", retain=True, expect=expect)
+    old.connection_lost("gone")
+    later = client.publish("two")
+    new = client.go_on()
+    [again] = sent(new)
+    assert (again["id"], again["retry"], again["retain"], again["expect"]) == (1, True, True, expect)
+    # With 0 the earlier try may still succeed, when the retained message has been removed.
+    new.receive(lines({**refused(1, ErrorCode.CONFLICT), "seq": 9}))
+    assert codes(batch) == [outcome]
+    assert [request["payload"] for request in sent(new)] == ["two"]
+    assert later.missing
+
+
+def test_success_of_a_conditional_publish_is_never_reported_as_a_conflict() -> None:
+    client = Client()
+    old = client.go_on()
+    batch = client.publish("one", retain=True, expect=7)
+    old.connection_lost("gone")
+    new = client.go_on()
+    [again] = sent(new)
+    assert (again["id"], again["retry"]) == (1, True)
+    new.receive(lines({**published(1, 101), "duplicate": True}))
+    assert codes(batch) == [101]
 
 
 def test_uncertain_publish_is_retried_on_the_next_connection() -> None:
@@ -573,9 +607,9 @@ def test_queue_paused_during_a_move_waits_for_the_new_connection() -> None:
 class Replica:
     """A replica of a shared log, at the other end of one connection. Its lag is random."""
 
-    def __init__(self, log: list[tuple[str, Any]], keys: dict[int, int], client: Client) -> None:
+    def __init__(self, log: list[tuple[str, Any]], keys: dict[int, int], client: Client, lag: int = 0) -> None:
         self.log, self.keys = log, keys
-        self.applied = len(log)
+        self.applied = max(0, len(log) - lag)
         self.stopping = self.stuck = False
         self.refusing: ErrorCode | None = None
         """The error for the next subscription."""
@@ -629,7 +663,7 @@ class Replica:
                 ]
                 # A page may be shorter than requested.
                 page = found[-min(limit, 2) :]
-                messages = [message(seq, self.log[seq - 1][1], pattern, self.log[seq - 1][0]) for seq in page]
+                messages = [self.encode(seq, pattern) for seq in page]
                 self.say({"type": "history", "id": number, "messages": messages, "more": len(found) > len(page)})
             case {"type": "ping", "seq": number}:
                 self.say({"type": "pong", "seq": number})
@@ -673,10 +707,13 @@ class Replica:
         self.applied = max(self.applied, min(upto, len(self.log)))
         for pattern, cursor in self.held.items():
             for seq in range(cursor + 1, self.applied + 1):
-                channel, payload = self.log[seq - 1]
-                if matches(pattern, channel):
-                    self.say(message(seq, payload, pattern, channel))
+                if matches(pattern, self.log[seq - 1][0]):
+                    self.say(self.encode(seq, pattern))
             self.held[pattern] = max(cursor, self.applied)
+
+    def encode(self, seq: int, pattern: str) -> dict[str, Any]:
+        channel, payload = self.log[seq - 1]
+        return message(seq, payload, pattern, channel)
 
     def revoke(self, pattern: str) -> None:
         del self.held[pattern]
@@ -706,6 +743,7 @@ class Reader:
         self.last = last
         """The number of messages before `start` that it is owed."""
         self.taken: list[int] = []
+        self.gaps: list[wire.Gap] = []
         self._log, self._in_flight = log, in_flight
         self._recent: InitialHistory | None = None
         self._answer: PendingReply[Page] | None = None
@@ -749,6 +787,14 @@ class Reader:
             else:
                 assert item.cursor >= self.queue.cursor
                 self.queue.cursor, self.queue.epoch = item.cursor, item.epoch
+                if isinstance(item.event, wire.Gap):
+                    self.gaps.append(item.event)
+
+    def missing(self, seq: int) -> bool:
+        """Whether the broker has said that this message may be missing."""
+        events = [item.event for item in self.queue.items if isinstance(item, CursorUpdate)]
+        gaps = [*self.gaps, *(event for event in events if isinstance(event, wire.Gap))]
+        return any(gap.first <= seq <= gap.last for gap in gaps)
 
 
 class Connections(RuleBasedStateMachine):
@@ -874,9 +920,18 @@ class Connections(RuleBasedStateMachine):
     def owed(self, reader: Reader) -> list[int]:
         if reader.start is None:
             return []
-        found = [seq for seq, (name, _) in enumerate(self.log, 1) if matches(reader.pattern, name)]
+        found = [
+            seq
+            for seq, (name, _) in enumerate(self.log, 1)
+            if matches(reader.pattern, name) and not reader.missing(seq)
+        ]
         past = [seq for seq in found if seq <= reader.start]
         return past[len(past) - min(reader.last, len(past)) :] + [seq for seq in found if seq > reader.start]
+
+    @property
+    def wanted(self) -> set[str]:
+        """The patterns to which the client subscribes."""
+        return {reader.pattern for reader in self.readers}
 
     def settle(self, replica: Replica) -> None:
         """Deliver everything: then each reader has what it is owed, and the replica has no other subscription."""
@@ -891,14 +946,14 @@ class Connections(RuleBasedStateMachine):
         for reader in self.readers:
             assert reader.queue.started
             assert reader.taken == self.owed(reader)
-        assert replica.held.keys() == {reader.pattern for reader in self.readers}
+        assert replica.held.keys() == self.wanted
 
     def teardown(self) -> None:
         if self.present is not None and self.next is None:
             for _ in range(2):
                 self.present.process_requests(10_000)
                 self.bring(self.present, 10_000_000)
-            assert self.present.held.keys() <= {reader.pattern for reader in self.readers}
+            assert self.present.held.keys() <= self.wanted
         for replica in self.replicas:
             replica.protocol.connection_lost("gone")
             self.bury(replica)
@@ -983,7 +1038,7 @@ class Lives(Connections):
 
 
 TestLives = Lives.TestCase
-TestLives.settings = settings(max_examples=200, stateful_step_count=40)
+TestLives.settings = settings(max_examples=2 * settings().max_examples, stateful_step_count=40)
 
 
 # Readers of one pattern come and go, the broker rejects or revokes, and connections are lost anywhere:
@@ -1060,4 +1115,4 @@ class Sharers(Connections):
 
 
 TestSharers = Sharers.TestCase
-TestSharers.settings = settings(max_examples=200, stateful_step_count=30)
+TestSharers.settings = settings(max_examples=2 * settings().max_examples, stateful_step_count=30)

@@ -12,6 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from catbus.client import subscription_manager
+from catbus.client.channel_memberships import ChannelMemberships
 from catbus.client.in_flight_requests import InFlightRequests, PublishBatch
 from catbus.client.message_queue import CursorUpdate, MessageQueue, QueuePhase
 from catbus.client.protocol_connection import MAX_SEND_SIZE, ProtocolConnection
@@ -43,7 +44,8 @@ class StandaloneConnection(ProtocolConnection):
     def __init__(self, on_event: Callable[[wire.GoAway | wire.Error], None] | None = None) -> None:
         self.in_flight = InFlightRequests()
         self.subscriptions = SubscriptionManager(self.in_flight.next_id)
-        super().__init__(self.in_flight, self.subscriptions, on_event)
+        self.memberships = ChannelMemberships(self.in_flight.next_id)
+        super().__init__(self.in_flight, self.subscriptions, self.memberships, on_event)
 
     def subscribe(self, pattern: str, since: int | None, epoch: str | None, limit: int, **options: Any) -> MessageQueue:
         return self.subscriptions.subscribe(pattern, since, epoch, limit, present=self.epoch, **options)

@@ -22,6 +22,7 @@ from catbus.limits.cpu_scheduler import CpuScheduler
 from catbus.limits.unauthenticated import UnauthenticatedPeers
 from catbus.log import Committed, MemoryLog, Outcome
 from catbus.observability.runtime_statistics import RuntimeStatistics
+from catbus.presence.local import LocalPresence
 from catbus.protocol.wire_messages import Publish
 from catbus.session.hooks import ClientInfo
 from catbus.session.session_report import OpenSession
@@ -46,7 +47,14 @@ class FakeClient:
         return self
 
     async def open_event_stream(
-        self, token: str, patterns: Collection[str], since: int | None, epoch: str | None
+        self,
+        token: str,
+        patterns: Collection[str],
+        since: int | None,
+        epoch: str | None,
+        *,
+        retained: bool = False,
+        presence: bool = False,
     ) -> None:
         await self.replica.authenticate(token)
 
@@ -94,6 +102,8 @@ class FakeReplica:
         self.delivery = Delivery(self.log)
         self.flusher = Flusher()
         self.client_usages = ClientUsages(self.config.limits.sessions, self.config.limits.subscriptions_total)
+        self.presence = LocalPresence()
+        self.consumers = None
         self.certificates = None
         self.webtransport_port = None
         self.addresses = ConnectionsPerAddress(self.config.limits.address_connections)
@@ -129,7 +139,7 @@ class FakeReplica:
     def describe(self) -> dict[str, Any]:
         return {"state": self.readiness}
 
-    def report(self) -> dict[str, object]:
+    async def report_all(self) -> dict[str, object]:
         return self.describe()
 
     def sessions_after(self, session_id: int) -> Sequence[OpenSession]:
@@ -144,7 +154,7 @@ class FakeReplica:
     ) -> float:
         return issued_before or 0.0
 
-    def scrape(self) -> None:
+    async def scrape_all(self) -> None:
         """Export no metrics."""
 
     async def authenticate(self, token: str, network: str = "") -> Identity:

@@ -31,6 +31,7 @@ from catbus.webtransport import (
     Terminated,
     WebTransportConnection,
 )
+from catbus.webtransport.connection_ids import ALL_CONNECTION_IDS, ConnectionIdShare
 from tests.brokers import CONFIG, TOKEN
 from tests.endpoints.raw_peer import patience
 from tests.webtransport.simulated_link import client_config, server_config
@@ -239,9 +240,12 @@ class Server:
 
 @asynccontextmanager
 async def serving(
-    config: Config = CONFIG, bind: str = "127.0.0.1:0", limits: ConnectionLimits | None = None
+    config: Config = CONFIG,
+    bind: str = "127.0.0.1:0",
+    limits: ConnectionLimits | None = None,
+    share: ConnectionIdShare = ALL_CONNECTION_IDS,
 ) -> AsyncIterator[Server]:
-    """Open a port with a real replica and a log in memory."""
+    """Open a port with a real replica and a log in memory. Connection IDs are in `share`."""
     log = MemoryLog(config.limits.recent)
     replica = Replica(config, log, Authenticator(config.auth.secrets))
     with patience():
@@ -254,7 +258,8 @@ async def serving(
 
             async def serve(*, task_status: trio.TaskStatus[QuicEndpoint]) -> None:
                 with scope:
-                    await serve_quic(replica, [bind], partial(server_config, limits), sessions, task_status=task_status)
+                    configuration = partial(server_config, limits)
+                    await serve_quic(replica, [bind], configuration, sessions, share=share, task_status=task_status)
                 ended.set()
 
             endpoint: QuicEndpoint = await nursery.start(serve)

@@ -39,7 +39,7 @@ def cors(response: Response) -> dict[str, str]:
     return {
         name.removeprefix(prefix): value
         for name, value in response.headers.items()
-        if name.startswith(prefix) or name == "vary"
+        if name.startswith(prefix) or (name == "vary" and value != "accept-encoding")
     }
 
 

@@ -629,6 +629,7 @@ async def test_valid_upgrades_have_many_forms(request_: bytes) -> None:
         (("https://good.example",), "https://good.example.evil.example", 403),
         (("https://good.example",), "HTTPS://good.example", 403),
         (("https://good.example",), "null", 403),
+        (("https://good.example",), "http://bus.example", 101),  # the console, which the broker itself serves
     ],
 )
 async def test_upgrade_is_allowed_by_its_origin(allowed: tuple[str, ...], origin: str | None, status: int) -> None:

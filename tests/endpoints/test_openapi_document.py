@@ -15,6 +15,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from catbus.endpoints.http import formats
+from catbus.endpoints.http.api.consumer_routes import CONSUMER_ROUTES
 from catbus.endpoints.http.openapi_document import openapi_document
 from catbus.endpoints.http.operation import Access
 from catbus.endpoints.http.query import parse_cursor
@@ -29,8 +30,9 @@ BODIES = {"/publish": b'[{"channel":"a.b","payload":1},{"channel":"a.b","payload
 """A body for each operation that needs one."""
 TARGETS = {"/messages": "/messages?pattern=a"}
 """A target for each operation that needs a query."""
-STATUSES = {"/ws": 426, "/events": 400}
-"""The status of each operation that answers a usual request with another one than 200."""
+STATUSES = {"/ws": 426, "/events": 400, **dict.fromkeys(CONSUMER_ROUTES, 404)}
+"""The status of each operation that answers a usual request with another one than 200. The log in memory has no
+consumers; `tests/postgres/test_consumers_api.py` compares other answers about them."""
 
 
 OPERATIONS = [(method, path) for path, methods in ROUTES.items() for method in methods]
@@ -127,7 +129,7 @@ def valid(path: str, method: str, status: int, content_type: str, body: bytes) -
 async def test_broker_answers_as_described() -> None:
     async with running() as (_, address):
         for method, path in OPERATIONS:
-            target, access = TARGETS.get(path, path).replace("{client_id}", "alice"), ROUTES[path][method].access
+            target, access = TARGETS.get(path, path).format(client_id="alice", name="c"), ROUTES[path][method].access
             wanted = STATUSES.get(path, 200)
             for token, status in ((TOKEN, wanted), ("", wanted if access is Access.OPEN else 401)):
                 response = await request(address, target, token, method=method, body=BODIES.get(path, b""))

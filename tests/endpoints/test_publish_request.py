@@ -14,7 +14,7 @@ from catbus.endpoints.http.http_response import HttpResponse
 from catbus.endpoints.http.publish_request import publish
 from catbus.error_codes import ErrorCode
 from catbus.errors import PeerError, Unavailable
-from catbus.log import CONFLICT, Committed, Rejected
+from catbus.log import KEY_REUSED, Committed, Rejected
 from tests.endpoints.fake_replica import FakeReplica
 
 GOOD = (b"authorization", b"Bearer good")
@@ -70,7 +70,7 @@ async def test_rejected_message_has_an_error_and_the_others_are_published() -> N
 
 async def test_key_of_another_message_is_a_conflict() -> None:
     replica = FakeReplica()
-    replica.on_publish = lambda request: CONFLICT
+    replica.on_publish = lambda request: KEY_REUSED
     status, result, _ = await post(replica, b'{"channel":"a","payload":1}')
     assert (status, result) == (409, {"error": "this id was used for another message", "code": "bad_message"})
 

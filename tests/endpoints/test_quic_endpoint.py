@@ -30,6 +30,7 @@ from catbus.endpoints.webtransport.retry_and_reset_tokens import RETRY_TOKEN_LIF
 from catbus.endpoints.webtransport.udp_socket import UdpSocket
 from catbus.protocol.wire_messages import Publish
 from catbus.webtransport import ConnectionLimits, SessionClosed, SessionOpened, WebTransportConnection
+from catbus.webtransport.connection_ids import ConnectionIdShare
 from catbus.webtransport.connectionless_packets import ID_LENGTH, VERSIONS
 from tests.brokers import CONFIG, SECRET, TOKEN
 from tests.endpoints.quic_server import Client, Lost, Server, serving
@@ -503,6 +504,36 @@ async def test_packet_of_no_connection_gets_a_reset_at_a_limited_rate() -> None:
         before = server.endpoint.statistics().datagrams_out
         await ask(server.address, *[b"\x40" + unknown + bytes(50)] * 250)
         assert server.endpoint.statistics().datagrams_out - before < 160
+
+
+async def test_packet_for_another_worker_is_counted_and_gets_no_reset() -> None:
+    """A reset would end a connection that lives there."""
+    share = ConnectionIdShare(1, 3)
+    async with serving(share=share) as server:
+        for first in range(6):
+            connection_id = bytes([first]) + os.urandom(ID_LENGTH - 1)
+            reply = await ask(server.address, b"\x40" + connection_id + bytes(40))
+            assert (reply is not None) == (first % 3 == 1)
+        assert server.endpoint.statistics().dropped_misrouted == 4
+
+
+@pytest.mark.parametrize("retried", [False, True])
+async def test_all_connection_ids_name_the_worker(monkeypatch: pytest.MonkeyPatch, retried: bool) -> None:
+    if retried:
+        monkeypatch.setattr(packet_router, "RETRY_THRESHOLD", 0)
+    share, clients = ConnectionIdShare(1, 3), 0
+    async with serving(share=share) as server:
+        while clients < 3:
+            client = server.connect()
+            if client.connection._quic._peer_cid.cid not in share:
+                # The kernel would have sent its first packet to another worker.
+                continue
+            clients += 1
+            await client.log_in()
+            assert client.retried == retried
+        routes = server.router._routes
+        assert len(routes) > clients
+        assert all(connection_id in share for connection_id in routes)
 
 
 async def test_client_detects_that_its_server_has_forgotten_it() -> None:

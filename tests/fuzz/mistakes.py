@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import Any, TypeVar
 
 from msgspec import structs
@@ -10,19 +11,20 @@ from msgspec import structs
 from catbus.auth.grants import Grants, Identity
 from catbus.auth.live_permissions import LivePermissions
 from catbus.close_codes import CloseCode
-from catbus.delivery import send_queue, subscription, topic_tree
+from catbus.delivery import send_queue, snapshot_page, subscription, topic_tree
 from catbus.delivery.encoded_messages import EncodedMessages
 from catbus.delivery.fan_out import Delivery
 from catbus.delivery.subscription import Subscription
 from catbus.endpoints.http.event_stream import EventStream
 from catbus.endpoints.webtransport.webtransport_session import WebTransportSession
 from catbus.errors import PeerError
-from catbus.log import Append, Entry, MemoryLog, Outcome
+from catbus.log import Append, Entry, MemoryLog, Outcome, RetainedMessages, RetainedPage
 from catbus.protocol import json_splitter, server_sent_events
 from catbus.protocol import wire_messages as wire
 from catbus.replica import Replica
 from catbus.session import state_machine
 from catbus.session.driver import SessionDriver
+from catbus.session.session_presence import SessionPresence
 from catbus.session.session_subscriptions import SessionSubscriptions
 from tests.mistakes import MistakePlanter
 
@@ -141,6 +143,13 @@ def publish_a_retry_twice(planter: MistakePlanter) -> None:
     planter.replace(MemoryLog, "_take", anew)
 
 
+def leave_members_in_their_channels(planter: MistakePlanter) -> None:
+    def leave(self: SessionPresence, channel: str, number: int | None = None) -> None:
+        self._session.left(channel, number)
+
+    planter.replace(SessionPresence, "leave", leave)
+
+
 def fail_on_malformed_input(planter: MistakePlanter) -> None:
     def fail(error: Exception, data: bytes = b"") -> PeerError:
         raise RuntimeError("malformed input")
@@ -152,9 +161,13 @@ def skip_a_message_when_an_event_stream_resumes(planter: MistakePlanter) -> None
     right = EventStream.subscribe
 
     async def late(
-        self: EventStream, token: str, patterns: tuple[str, ...], cursor: tuple[int, str | None] | None
+        self: EventStream,
+        token: str,
+        patterns: tuple[str, ...],
+        cursor: tuple[int, str | None] | None,
+        **options: Any,
     ) -> None:
-        await right(self, token, patterns, cursor and (cursor[0] + 1, cursor[1]))
+        await right(self, token, patterns, cursor and (cursor[0] + 1, cursor[1]), **options)
 
     planter.replace(EventStream, "subscribe", every(2, late, right))
 
@@ -162,10 +175,10 @@ def skip_a_message_when_an_event_stream_resumes(planter: MistakePlanter) -> None
 def send_an_id_ahead_of_its_messages(planter: MistakePlanter) -> None:
     right = server_sent_events.encode_event
 
-    def ahead(reply: wire.Reply, epoch: str) -> bytes | None:
+    def ahead(reply: wire.Reply, epoch: str, **options: Any) -> bytes | None:
         if isinstance(reply, wire.Live | wire.Head):
             reply = structs.replace(reply, seq=reply.seq + 1)
-        return right(reply, epoch)
+        return right(reply, epoch, **options)
 
     planter.replace(server_sent_events, "encode_event", ahead)
 
@@ -199,6 +212,52 @@ def deliver_a_copy_for_each_pattern_to_a_first_version_client(planter: MistakePl
         self.merge_key = frozenset(self.patterns) if self.is_event_stream else None
 
     planter.replace(subscription.Subscription, "_update_merge_key", update)
+
+
+def leave_a_message_out_of_a_snapshot(planter: MistakePlanter) -> None:
+    right = MemoryLog.retained
+
+    async def retained(self: MemoryLog, pattern: str, **options: Any) -> RetainedPage:
+        page = await right(self, pattern, **options)
+        return replace(page, entries=page.entries[1:])
+
+    planter.replace(MemoryLog, "retained", retained)
+
+
+def leave_a_message_out_of_the_snapshot_of_an_event_stream(planter: MistakePlanter) -> None:
+    right = server_sent_events.encode_retained_event
+
+    def shorter(messages: Iterable[bytes], complete: bool) -> bytes:
+        return right(list(messages)[1:], complete)
+
+    planter.replace(snapshot_page, "encode_retained_event", shorter)
+
+
+def hide_leaves_from_event_streams(planter: MistakePlanter) -> None:
+    right = server_sent_events.encode_event
+
+    def joins_only(reply: wire.Reply, epoch: str, *, snapshot_follows: bool = False) -> bytes | None:
+        hidden = isinstance(reply, wire.PresenceChange) and reply.action == "leave"
+        return server_sent_events.COMMENT if hidden else right(reply, epoch, snapshot_follows=snapshot_follows)
+
+    planter.replace(server_sent_events, "encode_event", joins_only)
+
+
+def replace_any_retained_message(planter: MistakePlanter) -> None:
+    def check(self: RetainedMessages, append: Append) -> None:
+        pass
+
+    planter.replace(RetainedMessages, "check", check)
+
+
+def keep_a_removed_message(planter: MistakePlanter) -> None:
+    right = RetainedMessages.replace
+
+    def keep(self: RetainedMessages, entry: Entry, key: tuple[bytes, int] | None) -> None:
+        if entry.payload != b"null":
+            right(self, entry, key)
+
+    planter.replace(RetainedMessages, "replace", keep)
 
 
 def send_newer_fields_to_a_first_version_client(planter: MistakePlanter) -> None:
@@ -271,14 +330,20 @@ MISTAKES = [
     fail_on_a_split_object,
     publish_a_retry_twice,
     fail_on_malformed_input,
+    leave_members_in_their_channels,
     skip_a_message_when_an_event_stream_resumes,
     send_an_id_ahead_of_its_messages,
     open_an_event_stream_without_a_grant,
     leave_the_event_streams_of_a_disconnected_client_open,
     leave_the_sessions_of_a_disconnected_client_open,
     deliver_a_copy_for_each_pattern_to_a_first_version_client,
+    leave_a_message_out_of_a_snapshot,
+    replace_any_retained_message,
+    keep_a_removed_message,
     send_newer_fields_to_a_first_version_client,
     hide_a_withdrawal_from_a_first_version_client,
+    leave_a_message_out_of_the_snapshot_of_an_event_stream,
+    hide_leaves_from_event_streams,
 ]
 WEBTRANSPORT_MISTAKES = [
     drop_the_messages_of_a_stream_of_its_own,

@@ -14,6 +14,7 @@ import pytest
 
 from catbus.cli.commands.run import check_exposure
 from catbus.config import load_with_sources
+from catbus.observability.metric_table import METRICS
 from tests.k8s import rules
 from tests.k8s.manifests import (
     CRDS,
@@ -336,6 +337,20 @@ def test_alerts_distinguish_missing_messages_from_an_unreachable_database() -> N
         'max by (namespace, pod) (catbus_state{state="degraded"}) == 1 '
         "and min by (namespace, pod) (catbus_log_available) == 0"
     )
+
+
+def test_alerts_on_consumers_name_the_consumer() -> None:
+    [group] = spec("PrometheusRule")(render("overlays/monitoring"))["groups"]
+    found = {rule["alert"]: rule for rule in group["rules"] if "catbus_consumer" in rule["expr"]}
+    assert set(found) == {"CatbusConsumerLagging", "CatbusConsumerOvertaken", "CatbusDeadLetters"}
+    for rule in found.values():
+        # All replicas report the same consumers.
+        assert "by (namespace, consumer)" in rule["expr"]
+        assert "{{ $labels.consumer }}" in rule["annotations"]["summary"]
+        for name in rules.metrics_in(rule["expr"]):
+            assert METRICS[name].labels == ("consumer",)
+    # A consumer that catches up has a long lag that shrinks.
+    assert "delta(catbus_consumer_lag_seconds[10m])" in found["CatbusConsumerLagging"]["expr"]
 
 
 def test_readme_explains_every_overlay_and_every_secret() -> None:

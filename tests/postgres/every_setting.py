@@ -27,7 +27,7 @@ import trio
 from catbus.auth.grants import Grants
 from catbus.auth.role_tokens import role_key
 from catbus.config import DatabaseSettings, RetentionSettings
-from catbus.log import Committed, Entry, Rejected, Resumption
+from catbus.log import Committed, Entry, Rejected, Resumption, conflict
 from catbus.postgres import PostgresLog
 from catbus.postgres.access.asyncpg_bridge import leaf_exceptions, open_bridge
 from catbus.postgres.access.database_checks import CheckResult, check_database
@@ -157,6 +157,11 @@ async def _exercise(url: str, user: str) -> None:
         if log.report()["news"] == "notifications":
             other.broadcast(Entry(0, 1, "a", b'"ephemeral"'))
             await follower.wait_until(lambda self: bool(self.messages))
+        seq = await publisher.publish_seq("r.b", b"1", retain=True, expect=0)
+        assert await publisher.publish("r.b", b"2", retain=True, expect=0) == conflict(seq)
+        await reader.wait_for(seq)
+        page = await other.retained("r.*", after=None, until=seq)
+        assert ([entry.seq for entry in page.entries], page.complete) == ([seq], True)
         await change_roles(settings, log)
         await drop_all(url)
         assert isinstance(await publisher.publish("a.b", b"8"), Committed)

@@ -98,17 +98,18 @@ class Replica:
 
 @asynccontextmanager
 async def open_replicas(
-    database_url: str, count: int, state: Path | None = None, **variables: str
+    database_url: str, count: int, state: Path | None = None, *, module: str = "catbus", **variables: str
 ) -> AsyncIterator[list[Replica]]:
     """Run `count` replicas on one database, and kill those that still run at the end.
 
     With a directory for a certificate they serve WebTransport, too. `variables` are added to their environment.
+    `module`: what to run instead of the command.
     """
     replicas: list[Replica] = []
     async with trio.open_nursery() as nursery:
         try:
             while len(replicas) < count:
-                replicas.append(Replica(await _start(database_url, state, variables)))
+                replicas.append(Replica(await _start(database_url, state, variables, module)))
             for replica in replicas:
                 await nursery.start(replica.listen)
                 await replica.wait_ready()
@@ -120,10 +121,10 @@ async def open_replicas(
                     await replica.wait()
 
 
-async def _start(database_url: str, state: Path | None, variables: Mapping[str, str]) -> trio.Process:
+async def _start(database_url: str, state: Path | None, variables: Mapping[str, str], module: str) -> trio.Process:
     inherited = {name: value for name, value in os.environ.items() if not name.startswith(("CATBUS_", "RUST_LOG"))}
     settings = {"DATABASE_URL": database_url, "CATBUS_SECRET": SECRET, "PYTHONPATH": str(ROOT), **variables}
     if state is not None:
         settings |= {"CATBUS_BIND": "127.0.0.1:0", "CATBUS_STATE": str(state)}
-    command = [sys.executable, "-m", "catbus", "run", "--config", str(CONFIG)]
+    command = [sys.executable, "-m", module, "run", "--config", str(CONFIG)]
     return await trio.lowlevel.open_process(command, env=inherited | settings, stdout=subprocess.PIPE)

@@ -92,22 +92,32 @@ class Proxy:
             async with server, trio.open_nursery() as nursery:
                 self._connections.add(nursery.cancel_scope)
                 try:
-                    nursery.start_soon(self._pass, client, server, self._wait_questions)
+                    nursery.start_soon(self._pass_questions, client, server, nursery.cancel_scope)
                     await self._pass(server, client, self._wait_answers)
                 finally:
                     self._connections.discard(nursery.cancel_scope)
                 nursery.cancel_scope.cancel()
 
+    async def _pass_questions(
+        self, client: trio.SocketStream, server: trio.SocketStream, connection: trio.CancelScope
+    ) -> None:
+        """Forward from a client. If it was killed, its connection is reset, and the database is told."""
+        if not await self._pass(client, server, self._wait_questions):
+            await self._wait_questions()
+            connection.cancel()
+
     async def _pass(
         self, source: trio.SocketStream, sink: trio.SocketStream, wait_clear: Callable[[], Awaitable[None]]
-    ) -> None:
+    ) -> bool:
+        """Forward until the end. Returns False if one of the connections was reset."""
         try:
             async for data in source:
                 await wait_clear()
                 await sink.send_all(data)
             await sink.send_eof()
         except (trio.BrokenResourceError, trio.ClosedResourceError):
-            pass
+            return False
+        return True
 
 
 def _query(url: str) -> dict[str, str]:

@@ -23,7 +23,7 @@ import asyncpg  # type: ignore[import-untyped]
 import pytest
 
 from catbus.errors import ConfigError
-from catbus.postgres.access.migrations import schema_files
+from catbus.postgres.access.migrations import schema_files, version_update
 from catbus.postgres.embedded import server as embedded_server
 from catbus.postgres.embedded.installations import find_installation
 
@@ -117,7 +117,7 @@ def _template(postgres_server: str) -> Iterator[str]:
     execute(maintenance, f"CREATE DATABASE {name} ENCODING 'UTF8' TEMPLATE template0")
     files = schema_files()
     scripts = [script for _, _, script in files]
-    execute(to_database(postgres_server, name), *scripts, f"UPDATE catbus.schema_version SET version = {files[-1][0]}")
+    execute(to_database(postgres_server, name), *scripts, version_update(files[-1][0]))
     yield name
     execute(maintenance, f"DROP DATABASE {name} WITH (FORCE)")
 

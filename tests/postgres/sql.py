@@ -53,3 +53,23 @@ async def waiting(connection: DatabaseConnection) -> int:
         "AND wait_event_type = 'Lock' AND query LIKE '%catbus.append%'"
     )
     return int(count)
+
+
+async def expire_replica(connection: DatabaseConnection, member: str, *, rejoined: int) -> None:
+    """Let the last heartbeat of the replica with this client be so old that its members are lost.
+
+    First wait until `rejoined` memberships are on other replicas: then nothing depends on the time that takes.
+    """
+    (replica,) = await connection.fetchrow("SELECT replica FROM catbus.presence WHERE client_id = $1", member)
+
+    async def have_rejoined() -> bool:
+        (count,) = await connection.fetchrow(
+            "SELECT count(*) FROM catbus.presence WHERE state = 0 AND replica <> $1", replica
+        )
+        return bool(count == rejoined)
+
+    await wait_until(have_rejoined)
+    await connection.fetch(
+        "UPDATE catbus.presence_replicas SET last_heartbeat = last_heartbeat - interval '1 h' WHERE replica = $1",
+        replica,
+    )

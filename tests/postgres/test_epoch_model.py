@@ -100,7 +100,7 @@ class Model:
             case notification_listener._READ_SECRET:
                 return ("a secret",)
             case notification_listener._ERASED_SEQS:
-                return ([],)
+                return ([], 1)
             case notification_listener._FINGERPRINT:
                 return (world.fingerprint(args[0]),)
             case notification_listener._NEW_EPOCH:

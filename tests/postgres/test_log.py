@@ -233,7 +233,8 @@ async def test_history_is_the_same_from_memory_and_from_the_table(database_url: 
         ]:
             entries, more = await log.history(pattern, before=before, limit=limit)
             assert ([entry.seq for entry in entries], more) == expected
-        assert log.statistics().reads - reads == {100: 0, 4: 3, 0: 5}[held]
+        # An empty answer is followed by a look at the epoch.
+        assert log.statistics().reads - reads == {100: 0, 4: 4, 0: 6}[held]
 
 
 async def test_history_of_all_channels_passes_over_reserved_messages_in_one_query(database_url: str) -> None:
@@ -727,7 +728,7 @@ async def test_log_opens_no_extra_connections(database_url: str) -> None:
                 while not (log.available and log.statistics().table_size):
                     await trio.sleep(0.01)
             accepted = proxy.accepted - 1  # the connection that applied the schema is closed
-            assert accepted == 7
+            assert accepted == 8
             proxy.block()
             with trio.move_on_after(0.05) as scope:
                 await log.history("*", before=None, limit=1)

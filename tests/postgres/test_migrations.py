@@ -11,8 +11,8 @@ from catbus.config import DatabaseSettings
 from catbus.errors import ConfigError, Unavailable
 from catbus.postgres import PostgresLog
 from catbus.postgres.access import migrations
-from catbus.postgres.access.migrations import init, migrate, schema_files
-from tests.log.harness import running
+from catbus.postgres.access.migrations import check_version, init, migrate, schema_files
+from tests.log.harness import TEST_TIMEOUT, RecordingFollower, running
 from tests.postgres.proxy import open_proxy
 from tests.postgres.sql import open_sql
 
@@ -70,6 +70,35 @@ async def test_schema_of_a_newer_release_is_rejected(database_url: str) -> None:
     async with open_sql(database_url) as sql:
         await sql.execute(f"UPDATE catbus.schema_version SET version = {NEWEST + 1}")
     with pytest.raises(ConfigError, match=f"version {NEWEST + 1} and this release knows {NEWEST}"):
+        await init(DatabaseSettings(url=database_url))
+
+
+OTHER_BUILDS = {
+    "another file": "UPDATE catbus.schema_version SET digest = pg_catalog.repeat('0', 64)",
+    "no digest": "ALTER TABLE catbus.schema_version DROP COLUMN digest",
+    "an older version": f"UPDATE catbus.schema_version SET version = {NEWEST - 1}",
+}
+
+
+@pytest.mark.parametrize("change", OTHER_BUILDS.values(), ids=OTHER_BUILDS)
+async def test_schema_of_another_build_is_rejected_at_once_and_stays(database_url: str, change: str) -> None:
+    async with open_sql(database_url) as sql:
+        await sql.execute(change)
+        with pytest.raises(ConfigError, match=r"another build of Catbus .* Start the build that made it"):
+            await init(DatabaseSettings(url=database_url))
+        with pytest.raises(ConfigError, match="another build of Catbus"), trio.fail_after(TEST_TIMEOUT):
+            await PostgresLog(DatabaseSettings(url=database_url)).run(RecordingFollower())
+        with pytest.raises(ConfigError, match="another build of Catbus"):
+            await check_version(sql)
+        assert await sql.fetchrow("SELECT head FROM catbus.position()") == (0,)
+
+
+async def test_changed_comments_make_no_other_schema(database_url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    files = [(number, name, f"-- Another comment.\n\n{script}") for number, name, script in schema_files()]
+    monkeypatch.setattr(migrations, "schema_files", lambda: files)
+    assert await init(DatabaseSettings(url=database_url)) == []
+    files[0] = (*files[0][:2], files[0][2].replace("integer", "bigint"))
+    with pytest.raises(ConfigError, match="another build of Catbus"):
         await init(DatabaseSettings(url=database_url))
 
 

@@ -10,11 +10,14 @@ import pytest
 import trio
 
 from catbus.config import DatabaseSettings
+from catbus.errors import Unavailable
 from catbus.log import Committed, Entry, Resumption
 from catbus.log.interface import UNDECIDED
 from catbus.postgres import PostgresLog
 from catbus.postgres.access import reconnecting_tasks
+from catbus.postgres.access.asyncpg_bridge import open_bridge
 from catbus.postgres.follow.fingerprints import fingerprint
+from catbus.postgres.follow.log_reader import LogReader, OtherEpochError
 from catbus.postgres.listen import polling_interval
 from tests.log.harness import TEST_TIMEOUT, Publisher, RecordingFollower, read_all, running
 from tests.postgres.clusters import Cluster, open_cluster, open_served_cluster
@@ -411,7 +414,7 @@ async def copy_log(source: Cluster, target: Cluster, last: int) -> None:
         for row in await old.fetch("SELECT * FROM catbus.head"):
             await new.fetch("INSERT INTO catbus.head VALUES ($1, $2, $3, $4)", *row)
         for row in await old.fetch("SELECT * FROM catbus.entries WHERE seq <= $1 ORDER BY seq", last):
-            await new.fetch("INSERT INTO catbus.entries VALUES ($1, $2, $3, $4, $5, $6, $7, $8, $9)", *row)
+            await new.fetch("INSERT INTO catbus.entries VALUES ($1, $2, $3, $4, $5, $6, $7, $8, $9, $10)", *row)
 
 
 @asynccontextmanager
@@ -516,3 +519,25 @@ async def test_one_of_several_concurrent_calls_begins_an_epoch(database_url: str
     assert len({(epoch, after) for epoch, after, _ in found}) == 1
     assert found[0][1] in (0, 2, 3)
     assert [epoch for epoch, _ in await epochs(database_url)] == [first, found[0][0]]
+
+
+# Reading while the server behind a connection changes
+
+
+@pytest.mark.parametrize("pattern", ["a", "a.*", "*"])
+async def test_entries_of_another_epoch_are_not_read_as_those_of_the_old_one(database_url: str, pattern: str) -> None:
+    # As behind a pooler: the connection stays, and what it leads to is another epoch.
+    async with open_bridge() as bridge, open_sql(database_url) as sql:
+        log = make(database_url)
+        async with running(log) as (_, publisher):
+            await publish(publisher, "1", "2", "3")
+            old = log.epoch
+        reader = LogReader(partial(bridge.connect, database_url))
+        assert (await reader.page(old, 0, 3, 10, 1000)).last == 3
+        assert [entry.seq for entry in (await reader.history(old, "a", 4, 10))[0]] == [1, 2, 3]
+        await sql.fetch("SELECT catbus.new_epoch($1, 1)", old)
+        for _ in range(2):
+            with pytest.raises(OtherEpochError):
+                await reader.page(old, 0, 3, 10, 1000)
+            with pytest.raises(Unavailable):
+                await reader.history(old, pattern, 4, 10)

@@ -189,4 +189,4 @@ async def test_reading_a_log_page_stops_at_the_timeout(database_url: str, monkey
         await reader.connect()
         proxy.block()
         with trio.fail_after(TEST_TIMEOUT / 2), pytest.raises(DATABASE_ERRORS):
-            await reader.page(0, 1, 10, 1000)
+            await reader.page("", 0, 1, 10, 1000)

@@ -91,8 +91,10 @@ def examples() -> Iterator[str]:
 async def test_readme_examples_do_what_they_say(database_url: str) -> None:
     async with running(make(database_url)) as (follower, _), open_sql(database_url) as sql:
         await sql.execute(
-            "SET search_path = public; CREATE ROLE shop; CREATE TABLE orders (id integer PRIMARY KEY, status text)"
+            "SET search_path = public; CREATE ROLE shop; CREATE TABLE orders (id integer PRIMARY KEY, status text); "
+            "CREATE TABLE charges (order_id integer, cents integer)"
         )
+        await sql.fetch("SELECT catbus.create_consumer('billing', 'orders.*')")
         try:
             for example in examples():
                 await sql.execute(example)

@@ -13,7 +13,7 @@ import trio
 from catbus.config import DatabaseSettings
 from catbus.errors import Unavailable
 from catbus.postgres.access.asyncpg_bridge import open_bridge
-from catbus.postgres.access.migrations import init, schema_files
+from catbus.postgres.access.migrations import init, schema_files, version_update
 from catbus.postgres.access.session_settings import NEWER_SETTINGS, STARTUP_SETTINGS, STATEMENT_SETTINGS
 from tests.postgres.bouncer import open_bouncer
 from tests.postgres.every_setting import exercise
@@ -113,12 +113,37 @@ async def test_functions_of_another_role_never_run_within_the_schema_functions(p
             SELECT catbus.publish('a.b', '{{"text":1}}'::text);
             SELECT FROM catbus.append('on', '{epoch}', ARRAY['a.b'], ARRAY['1'], ARRAY['x'::bytea], ARRAY[1::bigint],
                                       ARRAY['me'], ARRAY[NULL::bytea], ARRAY[NULL::bigint]);
+            SELECT FROM catbus.append('on', '{epoch}', ARRAY['a.b', 'a.b'], ARRAY['1', '2'], ARRAY['x', 'x']::bytea[],
+                                      ARRAY[2, 3], ARRAY['me', 'me'], ARRAY[NULL, NULL]::bytea[],
+                                      ARRAY[NULL, -1]::bigint[], NULL, ARRAY[true, true], ARRAY[0, 7]);
+            SELECT catbus.publish('a.b', '3', true);
+            SELECT FROM catbus.measure_retained(1);
+            SELECT FROM catbus.measure_retained(1000);
+            SELECT FROM catbus.retained('a.*');
             SELECT FROM catbus.move_outbox('on', '{epoch}', NULL);
+            SELECT catbus.erase('a.b');
             SELECT FROM catbus.poll(1);
             SELECT FROM catbus.retention_due(1000, 1000);
             SELECT FROM catbus.retain(1000, 100000000);
             SELECT catbus.rotate_outbox();
             SELECT FROM catbus.heartbeat('r', '{{}}');
+            SELECT catbus.create_consumer('c', '*', partitions => 2, start => 'floor', hold => true);
+            SELECT FROM catbus.receive('c');
+            SELECT FROM catbus.reject('c', 2);
+            SELECT FROM catbus.consumer_positions();
+            SELECT FROM catbus.dead_letters;
+            SELECT FROM catbus.skip_gap('c');
+            SELECT catbus.reset_consumer('c', '0');
+            SELECT catbus.erase('*');
+            SELECT catbus.drop_consumer('c');
+            CREATE TABLE public.watched (id integer PRIMARY KEY, note text);
+            SELECT catbus.watch('public.watched', 'w.{{id}}.{{note}}', retain => true);
+            INSERT INTO public.watched VALUES (1, 'a b');
+            UPDATE public.watched SET id = 2;
+            TRUNCATE public.watched;
+            ALTER TABLE public.watched RENAME note TO remark;
+            INSERT INTO public.watched VALUES (3, pg_catalog.repeat('[', 70));
+            SELECT catbus.unwatch('public.watched');
             INSERT INTO catbus.roles (key) VALUES (pg_catalog.sha256('a'));
             INSERT INTO catbus.role_grants SELECT key, 'read', 'a.b' FROM catbus.roles;
             DELETE FROM catbus.roles;
@@ -137,7 +162,7 @@ async def test_schema_that_uses_functions_of_another_role_is_rejected(empty_data
             f"""
             CREATE FUNCTION public.nextval(text) RETURNS bigint LANGUAGE sql AS 'SELECT 1::bigint';
             BEGIN; SET LOCAL search_path = public; {old}
-            UPDATE catbus.schema_version SET version = {checking - 1}; COMMIT
+            {version_update(checking - 1)}; COMMIT
             """
         )
     with pytest.raises(Unavailable, match=r"use what does not belong to it: function public.nextval\(text\)"):

@@ -42,6 +42,7 @@ class Answer(NamedTuple):
     at: int
     first: int
     seqs: list[int]
+    present: list[int | None] | None = None
 
 
 async def append(

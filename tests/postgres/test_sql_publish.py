@@ -277,10 +277,14 @@ def test_right_to_call_publish_suffices_and_allows_nothing_else(database_url: st
         "GRANT USAGE ON SCHEMA catbus TO catbus_test_app",
         "GRANT EXECUTE ON FUNCTION catbus.publish TO catbus_test_app",
     )
+    reading = (
+        "GRANT USAGE ON SCHEMA catbus TO catbus_test_reader",
+        "GRANT EXECUTE ON FUNCTION catbus.retained TO catbus_test_reader",
+    )
     forbidden = [
         *(
             f"SELECT * FROM catbus.{table}"
-            for table in ("entries", "head", "outbox_0", "outbox_1", "outbox_id", "roles")
+            for table in ("entries", "head", "outbox_0", "outbox_1", "outbox_id", "retained", "roles")
         ),
         "INSERT INTO catbus.outbox_0 (channel, payload) VALUES ('a', '1')",
         "DELETE FROM catbus.outbox_0",
@@ -291,16 +295,23 @@ def test_right_to_call_publish_suffices_and_allows_nothing_else(database_url: st
         "SELECT catbus.check_message('a', '1')",
         "SELECT catbus.move_outbox('on', '', NULL)",
         "SELECT catbus.position()",
+        "SELECT catbus.retained('a')",
     ]
 
     async def scene(epoch: str, owner: Connection) -> None:
         async with as_role(database_url, "catbus_test_app", *grants) as app:
             await app.execute("""SELECT catbus.publish('a', '{"n": 1}'), catbus.publish('b', to_json(2))""")
+            await app.execute("SELECT catbus.publish('c', '3', retain => true)")
             for statement in forbidden:
                 with pytest.raises(asyncpg.InsufficientPrivilegeError):
                     await app.execute(statement)
         await move_all(owner, epoch)
-        assert await payloads(owner) == ['{"n": 1}', "2"]
+        assert await payloads(owner) == ['{"n": 1}', "2", "3"]
+        async with as_role(database_url, "catbus_test_reader", *reading) as reader:
+            rows = await reader.fetch("SELECT channel, seq, payload FROM catbus.retained('*')")
+            assert [tuple(row) for row in rows] == [("c", 3, "3")]
+            with pytest.raises(asyncpg.InsufficientPrivilegeError):
+                await reader.fetch("SELECT * FROM catbus.retained")
 
     play(database_url, scene)
 

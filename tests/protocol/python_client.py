@@ -42,12 +42,12 @@ class PythonClient:
         match message:
             case {"type": "auth", "protocol": 1} if "producer" not in message and bus is None:
                 await self._nursery.start(self._run, message["token"])
-            case {"type": "subscribe"} if bus is not None:
+            case {"type": "subscribe"} if bus is not None and not {"retained", "presence"} & message.keys():
                 await self._nursery.start(self._subscribe, bus, message)
             case {"type": "unsubscribe", "pattern": pattern} if pattern in self._subscriptions:
                 self._subscriptions.pop(pattern).cancel()
                 self._report("unsubscribed", message)
-            case {"type": "publish"} if bus is not None and "retry" not in message:
+            case {"type": "publish"} if bus is not None and not {"retry", "retain", "expect"} & message.keys():
                 await self._publish(bus, message)
             case {"type": "history"} if bus is not None:
                 page = await bus.history(message["pattern"], limit=message["limit"])

@@ -34,7 +34,22 @@ CANNOT_BE_SENT = {
     ],
     "a value other than an object ends the session": ["[1]"],
     "the last of two values with one name counts": ['{"type":"ping","seq":4,"type":"nothing"}'],
+    "retained messages come first, and a publish over another one is a conflict": [
+        *["publish"] * 6,
+        "subscribe",
+        "publish",
+    ],
     "an object that does not decode is rejected by its id": [*["unknown"] * 6, '{"type":undefined,"id":10}'],
+    "members of a channel join, change and leave": ["subscribe", "join", "join", "members", "leave", "leave"],
+    "wrong requests about members are rejected, and the session continues": [
+        "join",
+        "join",
+        "join",
+        "join",
+        "members",
+        "members",
+        "members",
+    ],
 }
 """The messages for which the clients have no call, by session. Both clients send all others."""
 

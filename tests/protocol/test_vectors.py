@@ -198,9 +198,11 @@ def block(reply: dict[str, Any], epoch: str) -> str | None:
     """Encode a reply for an event stream, as the broker does."""
     if reply["type"] == "message":
         payload = json.dumps(reply["payload"], ensure_ascii=False, separators=(",", ":")).encode()
-        seq, sender = reply.get("seq", 0), reply.get("sender")
-        return encode_message_event(reply["channel"], payload, seq, reply["at"], sender, epoch.encode()).decode()
-    found = encode_reply(wire.decode_server(json.dumps(reply).encode()), wire.ProtocolVersion.EVENTS, epoch)
+        seq, sender, retain = reply.get("seq", 0), reply.get("sender"), reply.get("retain", False)
+        made = encode_message_event(reply["channel"], payload, seq, reply["at"], sender, epoch.encode(), retain)
+        return made.decode()
+    text = json.dumps(reply, ensure_ascii=False, separators=(",", ":")).encode()
+    found = encode_reply(wire.decode_server(text), wire.ProtocolVersion.EVENTS, epoch)
     return None if found is None else found.decode()
 
 

@@ -160,6 +160,8 @@ class CaseRunner:
     """Length of a second."""
     recovery_poll_interval = 0.2
     """Seconds between two checks whether everything has recovered."""
+    retains = False
+    """Whether messages are retained: where the database can be set back with its retained messages."""
     recovery_timeout = 30.0
     """Seconds within which everything must recover once nothing goes wrong any more."""
 
@@ -217,7 +219,13 @@ class CaseRunner:
             return
         for i in range(b % 3 + 1):
             text = f'"{next(self.texts)}{(POISON if b == 7 and i else "")}{"x" * 500 * (b == 5)}"'
-            client.publish(CHANNELS[(a + b + i) % 4], text)
+            channel = CHANNELS[(a + b + i) % 4]
+            if self.retains and a & 32:
+                expect = (None, 0, self.model.retained_seq(channel), self.model.retained_seq(channel))[(a + i) % 4]
+                self.model.conditions[text] = expect
+                client.publish(channel, text, retain=True, expect=expect)
+            else:
+                client.publish(channel, text)
 
     def disconnect_client(self, a: int, b: int) -> None:
         self.clients[a % CLIENTS].disconnect()

@@ -114,6 +114,8 @@ class PendingPublish:
     text: str
     after: int
     epoch: str
+    retain: bool = False
+    expect: int | None = None
     answered: bool = True
     """Whether no attempt is pending on the present connection."""
     unknown: bool = False
@@ -158,11 +160,11 @@ class SimulatedClient:
         if self.replica is not None and subscriber.replica_epoch != self.epoch:
             self.head, self.epoch = subscriber.cursor, subscriber.replica_epoch
 
-    def publish(self, channel: str, text: str) -> None:
+    def publish(self, channel: str, text: str, *, retain: bool = False, expect: int | None = None) -> None:
         """Publish a new message."""
         assert self.replica is not None
         number = next(self.ids)
-        self.pending[number] = PendingPublish(channel, text, self.head, self.epoch)
+        self.pending[number] = PendingPublish(channel, text, self.head, self.epoch, retain, expect)
         self._send(number, after=None)
 
     def retry(self, number: int) -> None:
@@ -188,7 +190,16 @@ class SimulatedClient:
         publish.answered = False
         settle = self._answer(number, self.connections, self.replica.log)
         self.replica.log.submit(
-            Append(publish.channel, publish.text.encode(), settle, self.producer, number, after=after)
+            Append(
+                publish.channel,
+                publish.text.encode(),
+                settle,
+                self.producer,
+                number,
+                after=after,
+                retain=publish.retain,
+                expect=publish.expect,
+            )
         )
 
     def _answer(self, number: int, connection: int, log: Log) -> Callable[[Append, Outcome], None]:
@@ -201,6 +212,9 @@ class SimulatedClient:
                 del self.pending[number]
                 self.head = max(self.head, outcome.seq)
                 self.model.acknowledge(publish.text, outcome.seq)
+            elif outcome.code is ErrorCode.CONFLICT:
+                del self.pending[number]
+                self.model.conflict(publish.text)
             elif outcome.code is not ErrorCode.UNKNOWN:
                 del self.pending[number]
                 self.model.refuse(publish.text)

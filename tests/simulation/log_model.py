@@ -31,6 +31,8 @@ class LogModel:
     """Texts that were acknowledged, and their seqs."""
     refused: set[str] = field(default_factory=set)
     """Texts that were rejected for good."""
+    conditions: dict[str, int | None] = field(default_factory=dict)
+    """Texts published with `retain`, and the seq that each expects."""
     published_by_sql: set[str] = field(default_factory=set)
     """Texts published by committed transactions."""
     committed_rows: set[Row] = field(default_factory=set)
@@ -42,6 +44,8 @@ class LogModel:
     """Their seqs."""
     erasures: dict[str, int] = field(default_factory=dict)
     """Texts that are erased, and the number of the erasure."""
+    unretained: dict[str, int] = field(default_factory=dict)
+    """Texts of retained messages that were erased, in the log or below its floor, and the number of the erasure."""
     follows: bool = True
     """Whether commits are reported at once. Otherwise the model looks for them, also before any is lost."""
     applied: set[Row] = field(default_factory=set)
@@ -63,8 +67,18 @@ class LogModel:
             self.expect(all(row.text != other.text for other in self.log), f"{row} is there twice")
             # A message that was rejected for good is never committed.
             self.expect(row.text not in self.refused, f"{row} had been refused")
+            # A conditional publish replaces the retained message that it expects, and no other.
+            held = self.retained_seq(row.channel)
+            self.expect(self.conditions.get(row.text) in (None, held), f"{row} replaces the one at {held}")
             self.log.append(row)
         self.committed_rows.update(rows)
+
+    def retained_seq(self, channel: str) -> int:
+        """The seq of the retained message of a channel; 0 for none."""
+        for row in reversed(self.log):
+            if row.channel == channel and row.text in self.conditions:
+                return 0 if row.text in self.unretained else row.seq
+        return 0
 
     def set_back(self, head: int, waiting: Sequence[str] = (), erasure: int | None = None) -> None:
         """The database has lost everything after `head`. `waiting`: texts that are in the outbox, still or again.
@@ -72,6 +86,7 @@ class LogModel:
         `erasure`: the number of the newest erasure that it has not lost; None if it has lost none.
         """
         self.erasures = {t: n for t, n in self.erasures.items() if erasure is None or n <= erasure}
+        self.unretained = {t: n for t, n in self.unretained.items() if erasure is None or n <= erasure}
         self.lost_texts.update(row.text for row in self.log[head:])
         del self.log[head:]
         self.lost_texts |= self.published_by_sql - {row.text for row in self.log} - set(waiting)
@@ -82,6 +97,11 @@ class LogModel:
         self.erased.update(texts)
         self.erased_seqs.update(seqs)
         self.erasures.update(dict.fromkeys(texts, number))
+
+    def erase_retained(self, channels: Collection[str], number: int) -> None:
+        """The retained messages of these channels were erased, by the erasure with this number."""
+        for seq in filter(None, map(self.retained_seq, channels)):
+            self.unretained[self.log[seq - 1].text] = number
 
     def deliver(self, text: str, known: int) -> None:
         """A replica that has applied all erasures up to `known` delivers a message, or has it in memory."""
@@ -99,6 +119,11 @@ class LogModel:
         # The client may publish the same again as a new message, so it must not be in the log already.
         self.expect(all(row.text != text for row in self.log), f"{text!r} is refused and is in the log")
         self.refused.add(text)
+
+    def conflict(self, text: str) -> None:
+        """A client is told that its message expects another retained message than there is."""
+        # A publish that has succeeded never gets a conflict when it is sent again.
+        self.expect(all(row.text != text for row in self.log), f"{text!r} got a conflict and is in the log")
 
     def apply(self, applied: int, rows: Sequence[Row]) -> None:
         """A replica applies rows after `applied`."""

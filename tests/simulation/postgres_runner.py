@@ -146,7 +146,10 @@ class PostgresRunner(CaseRunner):
         await self.sql.execute(_BEGIN)
         await self.observe()
         before = await self._erased_seqs()
+        waiting = {text for (text,) in await self.sql.fetch(_OUTBOX)}
         await self.sql.fetch("SELECT catbus.erase($1)", ERASED_PATTERNS[a % 4])
+        # The lock on the head keeps the replicas from moving any of them into the log meanwhile.
+        self.model.published_by_sql -= waiting - {text for (text,) in await self.sql.fetch(_OUTBOX)}
         (number,) = await self.sql.fetchrow("SELECT max(erasure) FROM catbus.erasures")
         self.model.erase(await self._erased_seqs() - before, number)
         await self.sql.execute("COMMIT")

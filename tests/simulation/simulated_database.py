@@ -20,9 +20,10 @@ from catbus.postgres.append import append_batch
 from catbus.postgres.ephemeral import ephemeral_relay
 from catbus.postgres.follow import fingerprints, log_reader
 from catbus.postgres.listen import notification_listener
-from catbus.postgres.maintenance import heartbeat, log_retention, vacuum
+from catbus.postgres.maintenance import consumer_lags, heartbeat, log_retention, retained_budget, vacuum
 from catbus.postgres.notifications.encryption import LOG_CHANNEL, ROLES_CHANNEL, NotificationKeys
 from catbus.postgres.revocations import stored_revocations
+from catbus.postgres.webhooks import batch_leases
 from catbus.protocol.channels import ERASED, matches
 
 from .case_runner import POISON
@@ -40,12 +41,15 @@ class StoredRow(NamedTuple):
     payload: str
     sender: str | None
     origin: bytes | None
+    retain: bool | None
     producer: bytes
     number: int
 
     @property
     def entry(self) -> Entry:
-        return Entry(self.seq, self.at, self.channel, self.payload.encode(), self.sender, self.origin)
+        return Entry(
+            self.seq, self.at, self.channel, self.payload.encode(), self.sender, self.origin, self.retain is True
+        )
 
 
 @dataclass(frozen=True)
@@ -58,6 +62,8 @@ class DatabaseState:
     epochs: tuple[tuple[str, int], ...] = (("e0", 0),)
     """The epochs, each with the seq after which it began."""
     outbox: tuple[tuple[str, str], ...] = ()
+    retained: tuple[StoredRow, ...] = ()
+    """The retained message of each channel."""
     erasure: int = 0
     """The number of the newest erasure."""
     epoch_timeline: int = 0
@@ -139,14 +145,16 @@ class SimulatedDatabase:
         """Erase messages, and return their seqs. No number is used twice, not even after the database was set back."""
         state = self.state
         rows = [
-            row._replace(channel=ERASED, payload="null", sender=None, origin=None)
+            row._replace(channel=ERASED, payload="null", sender=None, origin=None, retain=None)
             if matches(pattern, row.channel)
             else row
             for row in state.rows[state.floor - 1 :]
         ]
         seqs = {row.seq for row in state.rows[state.floor - 1 :] if matches(pattern, row.channel)}
-        if seqs:
-            self.commit(replace(state, rows=(*state.rows[: state.floor - 1], *rows), erasure=next(self._erasures)))
+        retained = tuple(row for row in state.retained if not matches(pattern, row.channel))
+        if seqs or retained != state.retained:
+            whole = (*state.rows[: state.floor - 1], *rows)
+            self.commit(replace(state, rows=whole, retained=retained, erasure=next(self._erasures)))
             self._notify(0, ROLES_CHANNEL, KEYS.sign(ROLES_CHANNEL, "*"))
         return seqs
 
@@ -174,24 +182,37 @@ class SimulatedDatabase:
         state, at = self.state, self._now()
         first = state.head + 1
         seqs: list[int] = []
+        present: list[int | None] = []
         new: list[StoredRow] = []
-        for channel, payload, producer, number, sender, origin, after in columns:
+        for channel, payload, producer, number, sender, origin, after, retain, expect in columns:
             if POISON in payload:
                 raise SimulatedSqlError("22P02")
             known = self.look_up(producer, number)
-            if known is not None:
+            held = next((row for row in replace_retained(state.retained, new) if row.channel == channel), None)
+            passed = after is not None and after < state.floor - 1
+            if known is None and passed and retain and held and (held.producer, held.number) == (producer, number):
+                known = held
+            present.append(None)
+            if retain and not passed and self.conflicts(held, expect, known):
+                seqs.append(-2)
+                present[-1] = held.seq if held else 0
+            elif known is not None:
                 same = known.channel == ERASED or (known.channel, known.payload) == (channel, payload)
                 seqs.append(known.seq if same else 0)
-            elif after is not None and after < state.floor - 1:
+            elif passed:
                 seqs.append(-1)
             else:
                 seqs.append(first + len(new))
-                new.append(StoredRow(seqs[-1], at, channel, payload, sender, origin, producer, number))
+                new.append(StoredRow(seqs[-1], at, channel, payload, sender, origin, retain, producer, number))
         if new:
             hint = f"{state.epoch}:{first}:{first + len(new) - 1}"
             whole = enclosed is not None and len(new) == len(columns)
             self._insert(pid, new, epoch, KEYS.sign(LOG_CHANNEL, hint, f"{at} {enclosed}" if whole else ""))
-        return at, first, seqs
+        return at, first, seqs, present
+
+    def conflicts(self, held: StoredRow | None, expect: int | None, known: StoredRow | None) -> bool:
+        """Whether an entry expects another retained message than its channel has, and is not a duplicate."""
+        return known is None and expect not in (None, held.seq if held else 0)
 
     def move(self, pid: int, epoch: str) -> Row:
         state = self.state
@@ -200,7 +221,7 @@ class SimulatedDatabase:
         self.check_epoch(epoch)
         first, at = state.head + 1, self._now()
         new = [
-            StoredRow(first + i, at, channel, payload, None, None, b"outbox", first + i)
+            StoredRow(first + i, at, channel, payload, None, None, None, b"outbox", first + i)
             for i, (channel, payload) in enumerate(state.outbox)
         ]
         last = first + len(new) - 1
@@ -215,24 +236,28 @@ class SimulatedDatabase:
         return self.state.find(producer, number)
 
     def _insert(self, pid: int, new: list[StoredRow], epoch: str, hint: str, **changes: Any) -> None:
-        self.commit(replace(self.state, rows=(*self.state.rows, *new), **changes))
+        state = self.state
+        retained = replace_retained(state.retained, new)
+        self.commit(replace(state, rows=(*state.rows, *new), retained=retained, **changes))
         self.on_commit(new, epoch)
         self._notify(pid, LOG_CHANNEL, hint)
 
     def _now(self) -> int:
         return int(self._clock() * 1000)
 
-    def _page(self, _: int, after: int, last: int, size: int) -> list[Row]:
+    def _page(self, _: int, after: int, last: int, size: int, epoch: str) -> list[Row]:
         found: list[Row] = []
+        if epoch != self.state.epoch:
+            return found
         for row in self.state.rows[max(after, self.state.floor - 1) : last]:
-            found.append(row[:6])
+            found.append(row[:7])
             size -= len(row.channel) + len(row.payload)
             if size < 0:
                 return found[:-1] or found
         return found
 
     def _position(self, _: int) -> list[Row]:
-        return [(self.state.head, self.state.floor)]
+        return [(self.state.epoch, self.state.head, self.state.floor)]
 
     # Epochs
 
@@ -262,7 +287,8 @@ class SimulatedDatabase:
         return fingerprints.fingerprint(state.rows[seq - 1].entry) if state.floor <= seq <= state.head else None
 
     def _erased_seqs(self, _: int, after: int, until: int) -> list[Row]:
-        return [([row.seq for row in self.state.rows[max(after, 0) : until] if row.channel == ERASED],)]
+        seqs = [row.seq for row in self.state.rows[max(after, self.state.floor - 1) : until] if row.channel == ERASED]
+        return [(seqs, self.state.floor)]
 
     def _fingerprint(self, _: int, seq: int) -> list[Row]:
         return [(self.fingerprint(seq),)]
@@ -284,7 +310,7 @@ class SimulatedDatabase:
     # Retention, the outbox and notifications
 
     def _overdue(self, _: int, *__: int) -> list[Row]:
-        return [(0 if self.expired_count else None, 0, bool(self.expired_count))]
+        return [(0 if self.expired_count else None, 0, bool(self.expired_count), False)]
 
     def _retain(self, _: int, *__: int) -> list[Row]:
         deleted, self.expired_count = self.apply_retention(self.expired_count), 0
@@ -296,9 +322,21 @@ class SimulatedDatabase:
         return [("", "", len(payloads))]
 
 
+def replace_retained(retained: tuple[StoredRow, ...], new: Sequence[StoredRow]) -> tuple[StoredRow, ...]:
+    """The retained messages after these rows."""
+    held = {row.channel: row for row in retained}
+    for row in new:
+        if row.retain:
+            held.pop(row.channel, None)
+            if row.payload != "null":
+                held[row.channel] = row
+    return tuple(held.values())
+
+
 def _decode(args: Sequence[Any]) -> tuple[str, list[tuple[Any, ...]], str | None]:
     """Decode the arguments of an append. Returns its epoch, the columns of each entry, and `enclosed`."""
-    _, epoch, channels, payloads, senders, producers, numbers, origins, afters, enclosed, size, _ = args
+    _, epoch, channels, payloads, senders, producers, numbers, origins, afters, *rest = args
+    retains, expects, enclosed, size, _ = rest
     if len(channels) < size:
         channels, payloads = channels[0].split("\n"), payloads[0].split("\n")
         senders = [None if sender == "\x01" else sender for sender in senders[0].split("\n")]
@@ -311,6 +349,8 @@ def _decode(args: Sequence[Any]) -> tuple[str, list[tuple[Any, ...]], str | None
         senders,
         origins or [None] * size,
         _spread(afters, size),
+        retains or [None] * size,
+        expects or [None] * size,
     )
     return epoch, list(zip(*columns, strict=True)), enclosed
 
@@ -344,5 +384,8 @@ _STATEMENTS: dict[str, Callable[..., list[Row]]] = {
     log_retention._STEP: SimulatedDatabase._retain,
     log_retention._BLOCKERS: lambda *_: [],
     vacuum._DUE: lambda *_: [],
+    retained_budget._MEASURE: lambda *_: [(0, 0)],
+    consumer_lags._MEASURE: lambda *_: [],
+    batch_leases._WORK: lambda *_: [(0, [], [], [])],
     heartbeat._HEARTBEAT: lambda _, __, own, report: [(own, 0.0, report, 0.0, 0)],
 }

@@ -17,6 +17,7 @@ from catbus.postgres.access import reconnecting_tasks
 from catbus.postgres.append import log_writer
 from catbus.postgres.listen import notification_listener, polling_interval
 from catbus.postgres.maintenance import log_retention
+from catbus.protocol.channels import matches
 from catbus.testing.shrinking import minimize
 
 from .case_runner import CHANNELS, ERASED_PATTERNS, PAUSES, REPLICAS, Case, CaseRunner, Position, PromiseBroken
@@ -26,6 +27,8 @@ from .simulated_network import DISTURBANCES, KINDS, POOLED, Disturbance, Simulat
 
 
 class SimulatedRunner(CaseRunner):
+    retains = True
+
     def __init__(self, case: Case, nursery: trio.Nursery) -> None:
         self.network = SimulatedNetwork()
         self.database = self.network.database
@@ -49,6 +52,9 @@ class SimulatedRunner(CaseRunner):
 
     def check(self) -> None:
         super().check()
+        retained = {row.channel: row.seq for row in self.database.state.retained}
+        expected = {channel: self.model.retained_seq(channel) for channel in CHANNELS}
+        self.model.expect(retained == {c: seq for c, seq in expected.items() if seq}, f"{retained} are retained")
         # All replicas know by now.
         self.rotates = True
 
@@ -111,7 +117,10 @@ class SimulatedRunner(CaseRunner):
 
     def erase(self, a: int, b: int) -> None:
         if not (self.network.unreachable or self.database.standby):
-            self.model.erase(self.database.erase(ERASED_PATTERNS[a % 4]), self.database.state.erasure)
+            pattern = ERASED_PATTERNS[a % 4]
+            seqs, number = self.database.erase(pattern), self.database.state.erasure
+            self.model.erase(seqs, number)
+            self.model.erase_retained([channel for channel in CHANNELS if matches(pattern, channel)], number)
 
     def begin_epoch(self, a: int, b: int) -> None:
         """Start a new epoch by hand, although nothing has changed."""

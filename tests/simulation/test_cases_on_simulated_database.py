@@ -27,7 +27,7 @@ from catbus.postgres.follow.log_tail import LogTail
 from tests.mistakes import MistakePlanter
 
 from .case_runner import Case, PromiseBroken, cases, random_case
-from .simulated_database import SimulatedDatabase
+from .simulated_database import SimulatedDatabase, StoredRow
 from .simulated_runner import play, simulation_settings
 
 CASES = int(os.environ.get("CATBUS_CASES", "300"))
@@ -64,6 +64,13 @@ def append_a_retry_without_looking_up_its_key(planter: MistakePlanter) -> None:
     planter.replace(SimulatedDatabase, "look_up", lambda *_: None)
 
 
+def check_conditions_before_keys(planter: MistakePlanter) -> None:
+    def conflicts(self: SimulatedDatabase, held: StoredRow | None, expect: int | None, known: StoredRow | None) -> bool:
+        return expect not in (None, held.seq if held else 0)
+
+    planter.replace(SimulatedDatabase, "conflicts", conflicts)
+
+
 def append_in_any_epoch(planter: MistakePlanter) -> None:
     planter.replace(SimulatedDatabase, "check_epoch", lambda *_: None)
 
@@ -74,7 +81,7 @@ def append_on_any_server(planter: MistakePlanter) -> None:
 
 def catch_up_to_the_head_of_the_database(planter: MistakePlanter) -> None:
     async def read(self: PostgresLog, after: int, *, rows: int = 1000, size: int = 1 << 20) -> LogPage:
-        return await self._reader.page(max(after, self.floor - 1), after + rows, rows, size)
+        return await self._reader.page(self.epoch, max(after, self.floor - 1), after + rows, rows, size)
 
     planter.replace(PostgresLog, "read", read)
 
@@ -135,6 +142,7 @@ def leave_erased_messages_in_memory(planter: MistakePlanter) -> None:
 MISTAKES: tuple[Callable[[MistakePlanter], None], ...] = (
     acknowledge_before_the_commit,
     append_a_retry_without_looking_up_its_key,
+    check_conditions_before_keys,
     append_in_any_epoch,
     append_on_any_server,
     catch_up_to_the_head_of_the_database,

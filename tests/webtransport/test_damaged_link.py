@@ -15,7 +15,7 @@ from catbus.webtransport import ConnectionLimits, SessionClosed, SessionOpened
 from catbus.webtransport.quic_connection import BoundedQuicConnection
 from tests.webtransport.simulated_link import Link, server_config
 
-FEW = settings(max_examples=25, suppress_health_check=[HealthCheck.too_slow])
+FEW = settings(max_examples=settings().max_examples // 4, suppress_health_check=[HealthCheck.too_slow])
 
 
 class Bad:

@@ -29,7 +29,7 @@ from catbus.webtransport.quic_connection import MAX_RECEIVED_RANGES
 from tests.hostile.packets import one_rtt as packet
 from tests.webtransport.simulated_link import CLIENT, Link, client_config, server_config
 
-FEW = settings(max_examples=30, suppress_health_check=[HealthCheck.too_slow])
+FEW = settings(max_examples=settings().max_examples * 3 // 10, suppress_health_check=[HealthCheck.too_slow])
 v = encode_uint_var
 
 

@@ -36,6 +36,7 @@ from ...postgres.embedded.server import running_url
 from ...protocol.wire_messages import to_json
 from ..database_access import embedded_directory
 from ..shared_options import config_option, database_option, state_option
+from ..workers import worker_count
 
 RENEWAL_PERIOD = timedelta(days=14)
 """A certificate that expires within this time should have been renewed."""
@@ -87,7 +88,7 @@ def _check_all(path: Path | None, given: Mapping[str, object], report: ReportRes
     report(CheckResult("ok", "configuration", f"{path or 'no file'}, and the environment"))
     for finding in _check_settings(reading):
         report(finding)
-    for check in (_check_secret, _check_certificate, _check_ports, _check_open_files, _show_limits):
+    for check in (_check_workers, _check_secret, _check_certificate, _check_ports, _check_open_files, _show_limits):
         for finding in check(config):
             report(finding)
     _check_database(reading, report)
@@ -99,6 +100,16 @@ def _check_settings(reading: LoadedConfig) -> Iterator[CheckResult]:
         yield CheckResult("ok", "setting", f"{name} = {show_setting(reading.config, name)} ({source})")
     for text in reading.warnings:
         yield CheckResult("warning", "environment", text, "correct its name, or unset it")
+
+
+def _check_workers(config: Config) -> Iterator[CheckResult]:
+    try:
+        count = worker_count(config)
+    except ConfigError as error:
+        yield CheckResult("error", "workers", str(error))
+        return
+    if count > 1:
+        yield CheckResult("ok", "workers", f"{count} processes, each with the limits below")
 
 
 def _check_secret(config: Config) -> Iterator[CheckResult]:

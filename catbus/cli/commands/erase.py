@@ -66,8 +66,8 @@ def command(
 
     Within a second no replica delivers them any more, also to subscriptions that lag or return, and they are in no page
     of the history. Their seqs stay, so no cursor becomes invalid, and no subscription receives a `gap`. A publish that
-    is retried stays a duplicate. Messages that wait in the outbox of SQL are deleted, unless --sender or --before is
-    given: they have no sender and no time yet.
+    is retried stays a duplicate. Retained messages are deleted: their channels have none then. Messages that wait in
+    the outbox of SQL are deleted, unless --sender or --before is given: they have no sender and no time yet.
 
     Then the tables are vacuumed, so that old rows leave the files. While a transaction is open that began before, that
     waits, and a running broker does it later. Standbys, backups, the write-ahead log and free space of the files keep

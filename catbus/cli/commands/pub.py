@@ -16,7 +16,7 @@ from ...error_codes import ErrorCode
 from ...errors import PeerError, Refused
 from ...protocol.channels import check_channel
 from ...protocol.wire_messages import check_payload, to_json
-from ..connection_options import ConnectionOptions, connection_options
+from ..connection_options import ConnectionOptions, connection_options, timeout_option
 from ..line_writer import write_line, write_stdout
 
 _BATCH_LINES = 500
@@ -28,14 +28,7 @@ _MAX_LINE_BYTES = 16 * 1024 * 1024
 @click.argument("channel")
 @click.argument("payload", metavar="JSON|-")
 @click.option("--ephemeral", is_flag=True, help="Deliver to current subscribers only, at most once, without the log.")
-@click.option(
-    "--timeout",
-    type=click.FloatRange(min=0, min_open=True),
-    default=30.0,
-    show_default=True,
-    metavar="SECONDS",
-    help="Time to wait for the acknowledgement, reconnects included.",
-)
+@timeout_option("Time to wait for the acknowledgement, reconnects included.")
 @connection_options
 def command(channel: str, payload: str, ephemeral: bool, timeout: float, broker: ConnectionOptions) -> None:
     """Publish JSON to CHANNEL, and print the seq of the message in the log (null for an ephemeral message).
@@ -49,22 +42,27 @@ def command(channel: str, payload: str, ephemeral: bool, timeout: float, broker:
       catbus pub demo.note '"just text"'
       tail -f events.jsonl | catbus pub events.all -
     """
+    data = check_message(channel, b"null" if payload == "-" else os.fsencode(payload))
+    broker.require_token()
+    if payload == "-":
+        trio.run(_publish_lines, broker, channel, ephemeral, timeout)
+    else:
+        trio.run(_publish_one, broker, channel, Raw(data), ephemeral, timeout)
+
+
+def check_message(channel: str, payload: bytes) -> bytes:
+    """Return the payload as it is published. Raises `click.UsageError` if it or the channel is wrong."""
     try:
         check_channel(channel)
-        checked = None if payload == "-" else Raw(check_payload(os.fsencode(payload)))
+        return check_payload(payload)
     except PeerError as error:
         hint = " (a JSON string needs its own quotes: '\"text\"')" if error.code == ErrorCode.BAD_MESSAGE else ""
         raise click.UsageError(f"{error}{hint}") from None
-    broker.require_token()
-    if checked is None:
-        trio.run(_publish_lines, broker, channel, ephemeral, timeout)
-    else:
-        trio.run(_publish_one, broker, channel, checked, ephemeral, timeout)
 
 
 async def _publish_one(broker: ConnectionOptions, channel: str, payload: Raw, ephemeral: bool, timeout: float) -> None:
     async with broker.connect() as bus:
-        with _time_limit(timeout, "it"):
+        with time_limit(timeout, "it"):
             seq = await bus.publish(channel, payload, ephemeral=ephemeral)
         await write_stdout(_format_reply(channel, seq))
 
@@ -95,7 +93,7 @@ async def _publish_batch(
             broken = click.ClickException(f"line {number}: {error}")
             break
     refused, output = 0, b""
-    with _time_limit(timeout, f"some of the lines {before + 1} to {before + len(lines)}"):
+    with time_limit(timeout, f"some of the lines {before + 1} to {before + len(lines)}"):
         results = await bus.publish_many(requests.values(), ephemeral=ephemeral)
     for number, result in zip(requests, results, strict=True):
         if isinstance(result, Refused):
@@ -110,7 +108,8 @@ async def _publish_batch(
 
 
 @contextmanager
-def _time_limit(timeout: float, what: str) -> Iterator[None]:
+def time_limit(timeout: float, what: str) -> Iterator[None]:
+    """Raise `click.ClickException` if the block takes longer, which publishes `what`."""
     with trio.move_on_after(timeout) as scope:
         yield
     if scope.cancelled_caught:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import os
 import shutil
 import signal
@@ -14,7 +13,7 @@ import click
 import msgspec
 import trio
 
-from ...broker import Broker, serve
+from ...broker import Broker, client_urls, page_urls, serve
 from ...config import (
     SECRET_COMMAND,
     Config,
@@ -29,9 +28,11 @@ from ...endpoints.open_files import raise_open_file_limit
 from ...errors import ConfigError
 from ...observability.loggers import get_logger
 from ..development_credentials import DEFAULT_URL, development_token, read_or_create_secret
-from ..line_writer import write_line
+from ..line_writer import use_threads, write_line
 from ..log_configuration import configure_logging, set_levels
+from ..main_command import explain_error
 from ..shared_options import config_option, database_option, state_option
+from ..workers import freeze_garbage_collector, run_workers, worker_count
 
 logger = get_logger("catbus.run")
 
@@ -54,14 +55,28 @@ RELOADABLE = frozenset({"logging.levels"})
     "--ws-bind", multiple=True, metavar="ADDRESS", help="Serve WebSocket and HTTP on this address, like 127.0.0.1:8080."
 )
 @state_option
+@click.option(
+    "--workers",
+    metavar="N|auto",
+    callback=lambda _, __, text: int(text) if text and text.isdecimal() else text,
+    help="Serve with N processes on the same ports, or with one for each core.",
+)
 @click.option("--log", "levels", metavar="LEVELS", help="Log levels, like info or catbus=debug,aioquic=warning.")
 def command(
-    config: Path | None, database: str | None, ws_bind: tuple[str, ...], state: str | None, levels: str | None
+    config: Path | None,
+    database: str | None,
+    ws_bind: tuple[str, ...],
+    state: str | None,
+    workers: int | str | None,
+    levels: str | None,
 ) -> None:
     """Run a broker. The first SIGTERM or Ctrl-C starts a graceful shutdown, the second one stops it immediately.
 
     SIGHUP reloads the certificate, which is also reloaded when its files change, and the log levels. The log names
     other settings that have changed: they require a restart.
+
+    With --workers, a supervisor passes these signals on to its workers and starts those again that end. Each worker is
+    a replica, so they need a database. SIGTERM to one worker restarts it: its clients move to the others.
 
     Settings come from the file of --config, then from the environment (DATABASE_URL, CATBUS_SECRET, CATBUS_WS_BIND,
     CATBUS_LOG, and CATBUS_SECTION_NAME for any setting), then from options. The later source wins. `catbus check` shows
@@ -71,32 +86,49 @@ def command(
     Examples:
       catbus run --config catbus.toml
       catbus run --database embedded --ws-bind 127.0.0.1:8080
+      catbus run --config catbus.toml --workers auto
       DATABASE_URL=postgres://me@db/catbus CATBUS_SECRET=... catbus run
     """
     given = {
         "database.url": database,
         "websocket.bind": ws_bind or None,
         "state": state,
+        "run.workers": workers,
         "logging.levels": levels,
     }
     reading = load_with_sources(config, os.environ, given)
     check_exposure(reading.config, reading.sources)
+    count = worker_count(reading.config)
     settings, token = ensure_secret(reading.config)
-    configure_logging(
-        settings.logging.levels,
-        settings.logging.format,
-        sys.stdout,
-        secrets=[*settings.auth.secrets, settings.auth.admin_key or ""],
-    )
+
+    def configure_logs() -> None:
+        configure_logging(
+            settings.logging.levels,
+            settings.logging.format,
+            sys.stdout,
+            secrets=[*settings.auth.secrets, settings.auth.admin_key or ""],
+        )
+
+    if count > 1:
+        use_threads(False)
+    configure_logs()
     for text in (*reading.warnings, *find_weak_secrets(reading.config)):
         logger.warning(text)
     raise_open_file_limit()
-    status = trio.run(
-        serve_until_signalled,
-        settings,
-        token,
-        ConfigReloader(reading.config, lambda: load_with_sources(config, os.environ, given)),
-    )
+    reload = ConfigReloader(reading.config, lambda: load_with_sources(config, os.environ, given))
+    if count == 1:
+        status = trio.run(serve_until_signalled, settings, token, reload)
+    else:
+        _log_start(settings, workers=count)
+        status = run_workers(
+            settings,
+            count,
+            configure_logs,
+            reload,
+            lambda addresses: _show_address(addresses, settings, token),
+            explain_error,
+        )
+        logger.info("stopped")
     if status:
         raise click.exceptions.Exit(status)
 
@@ -208,17 +240,21 @@ async def serve_until_signalled(config: Config, token: str | None, reload: Calla
                 nursery.cancel_scope.cancel()
 
             nursery.start_soon(handle_signals, signals)
-            logger.info("starting", database=redact_url(config.database.url), pid=os.getpid())
+            _log_start(config)
             broker = await nursery.start(serve_until_stopped)
             # Before the broker reports that it serves, because this blocks the event loop for a moment.
-            _freeze_garbage_collector()
-            _show_address(broker, config, token)
+            freeze_garbage_collector()
+            _show_address(broker.addresses, config, token)
     logger.info("stopped")
     return status
 
 
-def _show_address(broker: Broker, config: Config, token: str | None) -> None:
-    urls = broker.urls
+def _log_start(config: Config, **fields: int) -> None:
+    logger.info("starting", database=redact_url(config.database.url), pid=os.getpid(), **fields)
+
+
+def _show_address(addresses: Sequence[tuple[str, str]], config: Config, token: str | None) -> None:
+    urls = client_urls(config, addresses)
     logger.info("serving", urls=urls)
     if config.webtransport.bind and not config.webtransport_served:
         logger.warning("WebTransport is disabled: there is no certificate (CATBUS_CERT and CATBUS_KEY)")
@@ -239,6 +275,7 @@ def _show_address(broker: Broker, config: Config, token: str | None) -> None:
         "  Only this machine can reach it. Its development token allows all channels:",
         f"    {token}",
         "",
+        *_console_lines(page_urls(config, addresses), token),
         "  From another shell:",
         *([] if found else [f"    export CATBUS_TOKEN={token}"]),
         f"    {command_line} sub 'demo.*'{options}",
@@ -248,8 +285,6 @@ def _show_address(broker: Broker, config: Config, token: str | None) -> None:
     write_line("\n".join(lines), sys.stdout if text else sys.stderr)
 
 
-def _freeze_garbage_collector() -> None:
-    # Objects that exist now live until the end. The collector need not visit them, and the others only rarely.
-    gc.collect()
-    gc.freeze()
-    gc.set_threshold(20_000, 50, 100)
+def _console_lines(pages: Sequence[str], token: str) -> list[str]:
+    """Return the address of the console. A browser does not send the fragment with the token to anybody."""
+    return [f"  In a browser, the console:\n    {page}/console#token={token}\n" for page in pages[:1]]

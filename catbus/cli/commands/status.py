@@ -60,6 +60,8 @@ def _format_report(report: dict[str, Any], note: str) -> Iterator[str]:
     now = time.time()
     process = f"{report['name']}, process {report['pid']}, catbus {report['version']}"
     yield _format_row("replica", f"{process}, up {format_duration(now - report['started'] / 1000)}")
+    if "workers" in report:
+        yield _format_row("workers", ", ".join(map(_format_worker, report["workers"])))
     yield _format_row("clients", f"{report['clients']:,}")
     yield _format_row("log", f"messages {report['floor']:,} to {report['head']:,} in {_format_size(log['size'])}")
     yield _format_row("epoch", report["epoch"] or "none yet")
@@ -79,6 +81,11 @@ def _format_report(report: dict[str, Any], note: str) -> Iterator[str]:
             "", f"blocked by {holder['application'] or 'an unnamed client'}, process {holder['pid']}, {holder['since']}"
         )
     yield from format_table(_COLUMNS, [_format_replica(found, now) for found in log["replicas"]])
+
+
+def _format_worker(found: dict[str, Any]) -> str:
+    process = f" (process {found['pid']})" if "pid" in found else ""
+    return f"{found['worker']} {found['state']}{process}"
 
 
 def _format_missing(log: dict[str, Any]) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import signal
 import sys
 from contextlib import suppress
 from math import inf
@@ -17,6 +16,7 @@ from ...errors import PeerError
 from ...protocol.channels import check_pattern
 from ...protocol.wire_messages import to_json
 from ..connection_options import ConnectionOptions, connection_options
+from ..interruption import cancelled_by_signal
 from ..line_writer import write_line, write_stdout
 
 _MAX_QUEUED_LINES = 1000
@@ -72,20 +72,11 @@ def command(
 async def _print_until_signalled(
     printer: _MessagePrinter, broker: ConnectionOptions, patterns: dict[str, None]
 ) -> None:
-    with trio.open_signal_receiver(signal.SIGINT, signal.SIGTERM) as signals:
-        async with trio.open_nursery() as nursery:
-
-            async def stop_on_signal() -> None:
-                async for _ in signals:
-                    nursery.cancel_scope.cancel()
-
-            nursery.start_soon(stop_on_signal)
-            async with broker.connect() as bus, trio.open_nursery() as subscriptions:
-                for pattern in patterns:
-                    subscriptions.start_soon(printer.follow, bus, pattern)
-                await printer.print()
-                subscriptions.cancel_scope.cancel()
-            nursery.cancel_scope.cancel()
+    async with cancelled_by_signal(), broker.connect() as bus, trio.open_nursery() as subscriptions:
+        for pattern in patterns:
+            subscriptions.start_soon(printer.follow, bus, pattern)
+        await printer.print()
+        subscriptions.cancel_scope.cancel()
 
 
 class _MessagePrinter:

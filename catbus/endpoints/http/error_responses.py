@@ -20,6 +20,7 @@ ERROR_STATUSES = {
     ErrorCode.RATE_LIMITED: 429,
     ErrorCode.LIMIT: 429,
     ErrorCode.OVERLOADED: 429,
+    ErrorCode.CONFLICT: 409,
     ErrorCode.UNAVAILABLE: 503,
     ErrorCode.UNKNOWN: 504,
     ErrorCode.SHUTTING_DOWN: 503,

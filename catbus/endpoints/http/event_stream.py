@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 import socket
+from collections.abc import Sequence
 from typing import Annotated
 
 import trio
@@ -12,18 +13,17 @@ from msgspec import UNSET, Meta, Struct, UnsetType
 from ...error_codes import ErrorCode
 from ...errors import PeerError
 from ...limits.cpu_scheduler import CpuScheduler
-from ...protocol.channels import check_pattern
 from ...protocol.server_sent_events import event, retry_block
 from ..connection_registry import ConnectionRegistry
 from ..graceful_close import close_gracefully
 from ..queue_writer import QueueWriter
 from ..replica_interface import ReplicaInterface, SessionInterface
-from ..socket_writer import SocketWriter
+from ..socket_writer import SocketWriter, limit_send_buffer
 from .error_responses import error_response
 from .formats import CURSOR, OPTIONAL_CURSOR, PATTERN
 from .http_request import Headers, HttpRequest, request_token
 from .http_response import HttpResponse
-from .query import parse_cursor, parse_query, since
+from .query import distinct_patterns, flag, parse_cursor, parse_query, since
 
 PATH = "/events"
 CONTENT_TYPE = b"text/event-stream"
@@ -46,6 +46,26 @@ class EventsQuery(Struct):
         | UnsetType
     ) = UNSET
     epoch: Annotated[str, Meta(description="The epoch of `since`, if that is a `SEQ`.")] | UnsetType = UNSET
+    retained: (
+        Annotated[
+            str,
+            Meta(
+                description="`1`: begin with the retained messages, unless the stream is resumed.",
+                extra_json_schema={"enum": ["0", "1"]},
+            ),
+        ]
+        | UnsetType
+    ) = UNSET
+    presence: (
+        Annotated[
+            str,
+            Meta(
+                description="`1`: send the members of the channels, and each change of them.",
+                extra_json_schema={"enum": ["0", "1"]},
+            ),
+        ]
+        | UnsetType
+    ) = UNSET
 
 
 class EventsHeaders(Struct, rename={"last_event_id": "Last-Event-ID"}):
@@ -64,7 +84,8 @@ class StreamedEvent(Struct):
 
     data: Annotated[str, Meta(description="JSON.", extra_json_schema={"contentMediaType": "application/json"})]
     event: (
-        Annotated[str, Meta(description="The kind of an event that is not a message: `gap`, `live`.")] | UnsetType
+        Annotated[str, Meta(description="The kind of an event that is not a message: `gap`, `live`, `presence`.")]
+        | UnsetType
     ) = UNSET
     id: Annotated[str, Meta(description="The position after the event, `SEQ.EPOCH`.")] | UnsetType = UNSET
 
@@ -106,14 +127,13 @@ async def open_event_stream(
     try:
         token = request_token(request)
         parameters = parse_query(
-            request.query, {"pattern": replica.config.limits.subscriptions, "since": 1, "epoch": 1}
+            request.query,
+            {"pattern": replica.config.limits.subscriptions, "since": 1, "epoch": 1, "retained": 1, "presence": 1},
         )
-        patterns = tuple(dict.fromkeys(parameters.get("pattern", ())))
+        patterns = distinct_patterns(parameters.get("pattern", ()))
         if not patterns:
             raise PeerError(ErrorCode.BAD_MESSAGE, "name at least one `pattern`")
-        for pattern in patterns:
-            check_pattern(pattern)
-        cursor = since(parameters)
+        cursor, retained, presence = since(parameters), flag(parameters, "retained"), flag(parameters, "presence")
         if last := request.header(b"last-event-id"):
             cursor = parse_cursor(last.decode("latin-1"))
             if cursor is None:
@@ -122,7 +142,7 @@ async def open_event_stream(
         return error_response(replica, error)
     stream = EventStream(replica, registry, request)
     try:
-        await stream.subscribe(token, patterns, cursor)
+        await stream.subscribe(token, patterns, cursor, retained=retained, presence=presence)
     except PeerError as error:
         stream.end()
         return error_response(replica, error)
@@ -148,10 +168,18 @@ class EventStream(QueueWriter):
         self.received = 0
         self._driver: SessionInterface = replica.open_session(self, transport="sse", network=request.network)
 
-    async def subscribe(self, token: str, patterns: tuple[str, ...], cursor: tuple[int, str | None] | None) -> None:
+    async def subscribe(
+        self,
+        token: str,
+        patterns: Sequence[str],
+        cursor: tuple[int, str | None] | None,
+        *,
+        retained: bool = False,
+        presence: bool = False,
+    ) -> None:
         """Authenticate the client and subscribe it. Raises `PeerError`."""
         seq, epoch = (None, None) if cursor is None else cursor
-        await self._driver.open_event_stream(token, patterns, seq, epoch)
+        await self._driver.open_event_stream(token, patterns, seq, epoch, retained=retained, presence=presence)
 
     def end(self) -> None:
         """End the session. Call it once or more."""
@@ -167,10 +195,8 @@ class EventStream(QueueWriter):
 
     async def serve(self, stream: trio.abc.Stream, head: bytes) -> None:
         """Send the head of the response, and then events until one side ends. Does not close the stream."""
-        transport = stream.transport_stream if isinstance(stream, trio.SSLStream) else stream
-        if isinstance(transport, trio.SocketStream):
-            # Otherwise the kernel buffers megabytes for a client that does not read.
-            transport.setsockopt(trio.socket.SOL_SOCKET, trio.socket.SO_SNDBUF, self._send_buffer)
+        transport = limit_send_buffer(stream, self._send_buffer)
+        if transport is not None:
             # Such a client sends nothing, so nothing else shows that it is gone.
             transport.setsockopt(trio.socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, int(USER_TIMEOUT * 1000))
         async with trio.open_nursery() as nursery:

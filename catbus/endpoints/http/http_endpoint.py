@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import resource
+import socket
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -68,6 +69,10 @@ class HttpEndpoint:
         self._registry = registry
         self._accept_scope = accept_scope
 
+    def stop_accepting(self) -> None:
+        """Accept no more connections, which wait for another process that listens on the same sockets."""
+        self._accept_scope.cancel()
+
     def close(self) -> None:
         """Accept no more connections, and end those that wait for a request. WebSockets stay open."""
         self._accept_scope.cancel()
@@ -93,16 +98,19 @@ async def serve_http(
     binds: Sequence[str],
     sessions: trio.Nursery,
     *,
+    inherited: Sequence[socket.socket] = (),
     task_status: trio.TaskStatus[HttpEndpoint] = trio.TASK_STATUS_IGNORED,
 ) -> None:
     """Serve WebSocket and HTTP on the addresses `binds`, such as `0.0.0.0:8080` or `[::]:0`.
 
-    Each connection is a task in `sessions` that raises no exception. The task status is the `HttpEndpoint`. Returns
-    after that was closed and the last connection has ended. Raises `ConfigError` if it cannot listen.
+    Instead of opening sockets it uses the listener sockets that are `inherited`, if any. Each connection is a task in
+    `sessions` that raises no exception. The task status is the `HttpEndpoint`. Returns after that was closed and the
+    last connection has ended. Raises `ConfigError` if it cannot listen.
     """
     registry = ConnectionRegistry(replica.config.websocket.trusted_proxies)
     accept_scope = trio.CancelScope()
-    listeners = await open_listeners(binds)
+    listeners = [trio.SocketListener(trio.socket.from_stdlib_socket(each)) for each in inherited]
+    listeners = listeners or await open_listeners(binds)
     settings = replica.config.websocket
     async with trio.open_nursery() as nursery:
         nursery.start_soon(registry.check_connections, min(settings.ping_interval, settings.silence) / 4)

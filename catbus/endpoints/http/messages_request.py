@@ -13,14 +13,14 @@ from ...auth.grants import Identity, client_of
 from ...delivery.message_pages import MAX_BACKWARD_PATTERNS, MessagePage, MissingRange, PageReader
 from ...error_codes import ErrorCode
 from ...errors import PeerError, Unavailable
-from ...protocol.channels import check_pattern
+from ...log import Entry
 from ...protocol.wire_messages import Number
 from ..replica_interface import ReplicaInterface
 from .error_responses import error_response
 from .formats import CURSOR, PATTERN
 from .http_request import HttpRequest, request_token
 from .http_response import HttpResponse, json_response
-from .query import ACCESS_TOKEN, convert_parameters, format_cursor, parse_query, since
+from .query import ACCESS_TOKEN, convert_parameters, distinct_patterns, format_cursor, parse_query, since
 
 MAX_WAIT = 30
 """Seconds for which a request may wait for a message."""
@@ -46,14 +46,24 @@ class MessagesQuery(Struct):
     limit: Annotated[int, Meta(ge=1, le=1000, description="Messages in the page.")] = 100
 
 
-class StoredMessage(Struct):
-    """A message of the log. `at`: when it was committed, in milliseconds since 1970."""
+class StoredMessage(Struct, omit_defaults=True):
+    """A message of the log. `at`: when it was committed, in milliseconds since 1970.
+
+    `retain`: whether it was published with `retain`.
+    """
 
     channel: str
     payload: Raw
     seq: int
     at: int
     sender: str | UnsetType = UNSET
+    retain: bool = False
+
+
+def stored_message(entry: Entry) -> StoredMessage:
+    """Return a message of the log as an answer has it."""
+    sender = UNSET if entry.sender is None else entry.sender
+    return StoredMessage(entry.channel, Raw(entry.payload), entry.seq, entry.at, sender, entry.retain)
 
 
 class MessagesAnswer(Struct):
@@ -112,9 +122,7 @@ def _parse(text: str, max_patterns: int) -> tuple[MessagesQuery, tuple[int, str 
     cursor = since(found)
     given = {name: values if name == "pattern" else values[0] for name, values in found.items() if name != ACCESS_TOKEN}
     query = convert_parameters(given, MessagesQuery)
-    query.pattern = list(dict.fromkeys(query.pattern))
-    for pattern in query.pattern:
-        check_pattern(pattern)
+    query.pattern = distinct_patterns(query.pattern)
     if query.before is not UNSET and (cursor is not None or query.wait):
         raise PeerError(ErrorCode.BAD_MESSAGE, "`before` excludes `since` and `wait`")
     if cursor is None and not query.wait and len(query.pattern) > MAX_BACKWARD_PATTERNS:
@@ -161,9 +169,6 @@ async def _cancel_when_disconnected(request: HttpRequest, scope: trio.CancelScop
 
 
 def _answer(page: MessagePage) -> MessagesAnswer:
-    stored = [
-        StoredMessage(e.channel, Raw(e.payload), e.seq, e.at, UNSET if e.sender is None else e.sender)
-        for e in page.entries
-    ]
+    stored = [stored_message(entry) for entry in page.entries]
     gap = UNSET if page.gap is None else page.gap
     return MessagesAnswer(stored, format_cursor(page.seq, page.epoch), page.more, gap)

@@ -17,6 +17,7 @@ from .operation import Access, Answer, Operation
 
 GENERAL_ERRORS = {
     400: "The request is not valid.",
+    431: "The path with its query and the headers are too large together.",
     500: "A fault of the broker.",
 }
 """The errors of every operation, by status."""
@@ -32,7 +33,7 @@ TOKEN_ERRORS = {
 BODY_ERRORS = {408: "The body did not arrive in time.", 413: "The body is too large."}
 """The errors of operations with a body, by status."""
 
-MESSAGE_FIELDS = ("type", "channel", "payload", "ephemeral")
+MESSAGE_FIELDS = ("type", "channel", "payload", "ephemeral", "retain", "expect")
 """The fields of a message that have an effect in a request."""
 
 _PLACE = "#/components/schemas/"
@@ -95,6 +96,10 @@ def _adapt_message(schema: dict[str, Any]) -> None:
     schema["required"].remove("type")
     schema["properties"] = {name: schema["properties"][name] for name in MESSAGE_FIELDS}
     schema["properties"]["channel"] |= CHANNEL
+    retained = {"properties": {"retain": {"const": True}}, "required": ["retain"]}
+    ephemeral = {"properties": {"ephemeral": {"const": True}}, "required": ["ephemeral"]}
+    expecting = {"properties": {"expect": {"type": "integer"}}, "required": ["expect"]}
+    schema["not"] = {"anyOf": [{"allOf": [retained, ephemeral]}, {"allOf": [expecting, {"not": retained}]}]}
 
 
 def _bodies(operation: Operation) -> Iterator[Any]:

@@ -12,7 +12,7 @@ from msgspec import UNSET, Meta, Struct, UnsetType
 from ...auth.grants import Identity, client_of
 from ...error_codes import ErrorCode
 from ...errors import PeerError, Unavailable
-from ...log import CONFLICT, Outcome, Rejected
+from ...log import KEY_REUSED, Outcome, Rejected
 from ...protocol import wire_messages as wire
 from ...session.hooks import ClientInfo
 from ..replica_interface import ReplicaInterface
@@ -30,7 +30,10 @@ class PublishHeaders(Struct, rename={"idempotency_key": "Idempotency-Key"}):
 
 
 class PublishResult(Struct, omit_defaults=True):
-    """What became of one message. An ephemeral message has no `seq`, and a rejected one has `error` and `code` only."""
+    """What became of one message. An ephemeral message has no `seq`. A rejected one has `error` and `code`.
+
+    With the code `conflict`, `seq` is that of the channel's retained message, 0 for none.
+    """
 
     seq: int | UnsetType = UNSET
     channel: str | UnsetType = UNSET
@@ -66,7 +69,7 @@ async def publish(replica: ReplicaInterface, request: HttpRequest) -> HttpRespon
     for item in wanted:
         outcome = Rejected(item.code, item.message) if isinstance(item, PeerError) else next(outcomes)
         if isinstance(outcome, Rejected):
-            errors.append(409 if outcome == CONFLICT else ERROR_STATUSES.get(outcome.code, 400))
+            errors.append(409 if outcome == KEY_REUSED else ERROR_STATUSES.get(outcome.code, 400))
             replica.runtime_statistics.count_error(outcome.code)
         results.append(_result(item, outcome))
     status = errors[0] if errors else 200
@@ -107,7 +110,8 @@ def _decode(item: bytes | msgspec.Raw, limit: int) -> wire.Publish | PeerError:
 
 def _result(item: wire.Publish | PeerError, outcome: Outcome | None) -> PublishResult:
     if isinstance(outcome, Rejected):
-        return PublishResult(error=outcome.message, code=outcome.code)
+        seq = UNSET if outcome.retained_seq is None else outcome.retained_seq
+        return PublishResult(seq, error=outcome.message, code=outcome.code)
     assert isinstance(item, wire.Publish)
     if outcome is None:
         return PublishResult(channel=item.channel)

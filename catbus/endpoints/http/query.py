@@ -16,6 +16,7 @@ import msgspec
 
 from ...error_codes import ErrorCode
 from ...errors import PeerError
+from ...protocol.channels import check_pattern
 from ...protocol.wire_messages import MAX_NUMBER
 
 S = TypeVar("S", bound=msgspec.Struct)
@@ -73,6 +74,14 @@ def single(parameters: Parameters, name: str) -> str | None:
     return values[0] if values else None
 
 
+def flag(parameters: Parameters, name: str) -> bool:
+    """Return whether a parameter is `1`. Without it, or with `0`: False. Raises `PeerError` (bad_message)."""
+    text = single(parameters, name)
+    if text not in (None, "0", "1"):
+        raise _bad(f"`{name}` is 0 or 1")
+    return text == "1"
+
+
 def since(parameters: Parameters) -> tuple[int, str | None] | None:
     """Return the seq and the epoch to resume after; None without `since`. Raises `PeerError` (bad_message).
 
@@ -91,6 +100,14 @@ def since(parameters: Parameters) -> tuple[int, str | None] | None:
     if cursor[1] not in (None, epoch):
         raise _bad("`since` and `epoch` name different epochs")
     return cursor[0], epoch
+
+
+def distinct_patterns(values: Sequence[str]) -> list[str]:
+    """Return each pattern once, in order. Raises `PeerError` (invalid_pattern) for one that is not valid."""
+    patterns = list(dict.fromkeys(values))
+    for pattern in patterns:
+        check_pattern(pattern)
+    return patterns
 
 
 def parse_cursor(text: str) -> tuple[int, str | None] | None:

@@ -22,7 +22,10 @@ from .api.clients import (
     disconnect_client,
     revoke_client,
 )
+from .api.consumer_routes import CONSUMER_ROUTES
+from .api.presence import PresencePage, PresenceQuery, list_members
 from .api.replicas import ReplicasReport, list_replicas
+from .api.retained import RetainedMessagesPage, RetainedQuery, list_retained
 from .api.sessions import SessionsPage, SessionsQuery, list_sessions
 from .cors import preflight_headers
 from .discovery_document import DiscoveryDocument, discovery_document
@@ -31,12 +34,12 @@ from .event_stream import CONTENT_TYPE, HEADERS, EventsHeaders, EventsQuery, Str
 from .forwarded_headers import forwarded_origin
 from .http_request import HttpRequest, bearer_token
 from .http_response import UPGRADE_REQUIRED, ErrorAnswer, HttpResponse, http_error, json_response, text_response
-from .javascript_client import javascript_modules, serve_javascript
 from .messages_request import MessagesAnswer, MessagesQuery, messages
 from .openapi_document import openapi_document
 from .operation import Access, Answer, Handler, Operation
 from .publish_request import PUBLISH_ANSWER, PublishHeaders, publish
 from .query import decode_percent
+from .static_files import console_files, javascript_modules, serve_console, serve_javascript
 
 
 async def health(replica: ReplicaInterface, request: HttpRequest) -> HttpResponse:
@@ -60,8 +63,8 @@ async def ready(replica: ReplicaInterface, request: HttpRequest) -> HttpResponse
 
 
 async def metrics(replica: ReplicaInterface, request: HttpRequest) -> HttpResponse:
-    """Answer with the metrics in the Prometheus format."""
-    found = replica.scrape()
+    """Answer with the metrics in the Prometheus format, of all workers if there are any."""
+    found = await replica.scrape_all()
     if found is None:
         return http_error(503, "this replica exports no metrics")
     body, content_type = found
@@ -76,7 +79,7 @@ async def status(replica: ReplicaInterface, request: HttpRequest) -> HttpRespons
             raise PeerError(ErrorCode.UNAUTHORIZED, "the status needs a grant to read `*`")
     except PeerError as error:
         return error_response(replica, error)
-    return json_response(replica.report(), headers=[(b"cache-control", b"no-store")])
+    return json_response(await replica.report_all(), headers=[(b"cache-control", b"no-store")])
 
 
 async def discover(replica: ReplicaInterface, request: HttpRequest) -> HttpResponse:
@@ -150,6 +153,16 @@ ROUTES: dict[str, dict[str, Operation]] = {
             },
         )
     },
+    "/console": {
+        "GET": Operation(
+            serve_console,
+            "The console, for people with a browser",
+            {
+                200: Answer("A page. Its files are below `/console/`.", media="text/html"),
+                304: Answer("`If-None-Match` names the `ETag` of the file."),
+            },
+        )
+    },
     "/.well-known/catbus": {
         "GET": Operation(
             discover,
@@ -166,7 +179,11 @@ ROUTES: dict[str, dict[str, Operation]] = {
             "Publish a message, or an array of messages in order",
             {
                 200: Answer("Each message is committed, or passed on if it is ephemeral.", PUBLISH_ANSWER),
-                409: Answer("The `Idempotency-Key` was used for another message.", PUBLISH_ANSWER),
+                409: Answer(
+                    "The channel's retained message is not the expected one (`conflict`), or the `Idempotency-Key` was "
+                    "used for another message.",
+                    PUBLISH_ANSWER,
+                ),
                 504: Answer("Unknown: perhaps messages are committed.", PUBLISH_ANSWER),
             },
             Access.CLIENT,
@@ -238,6 +255,25 @@ ROUTES: dict[str, dict[str, Operation]] = {
             query=ChannelsQuery,
         )
     },
+    "/api/retained": {
+        "GET": Operation(
+            list_retained,
+            "The retained messages",
+            {200: Answer("A page of them, in the order of their channels.", RetainedMessagesPage)},
+            Access.ADMINISTRATOR,
+            query=RetainedQuery,
+        )
+    },
+    "/api/presence": {
+        "GET": Operation(
+            list_members,
+            "The members of channels, on all replicas",
+            {200: Answer("A page of them, in the order of their channels.", PresencePage)},
+            Access.ADMINISTRATOR,
+            query=PresenceQuery,
+        )
+    },
+    **CONSUMER_ROUTES,
     "/api/clients/{client_id}/disconnect": {
         "POST": Operation(
             disconnect_client,
@@ -272,13 +308,15 @@ _TEMPLATES = [
 def match_route(path: str) -> tuple[str, Mapping[str, str]] | None:
     """Return the route that serves a path, and the parameters in the path as they were sent.
 
-    All modules of the JavaScript client share one route. Paths with parameters share one, too, so that there are few
-    routes whatever clients request.
+    All modules of the JavaScript client share one route, and so do the files of the console. Paths with parameters
+    share one, too, so that there are few routes whatever clients request.
     """
     if path in ROUTES and "{" not in path:
         return path, {}
     if path in javascript_modules():
         return "/catbus.js", {}
+    if path in console_files():
+        return "/console", {}
     for expression, route in _TEMPLATES:
         if match := expression.fullmatch(path):
             return route, match.groupdict()

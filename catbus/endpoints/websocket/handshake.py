@@ -6,7 +6,7 @@ import base64
 import binascii
 from collections.abc import Collection
 
-from ..http.cors import origin_listed
+from ..http.cors import check_origin
 from ..http.http_request import HttpRequest
 from ..http.http_response import UPGRADE_REQUIRED, HttpResponse, http_error
 
@@ -19,7 +19,7 @@ def is_websocket_upgrade(request: HttpRequest) -> bool:
 
 
 def check_upgrade(request: HttpRequest, origins: Collection[str]) -> HttpResponse | None:
-    """Return an error response if an upgrade request is rejected, else None. Without `origins`, all are allowed."""
+    """Return an error response if an upgrade request is rejected, else None. Pages are allowed as for other paths."""
     if request.path != PATH:
         return http_error(404, f"WebSocket is at {PATH}")
     if request.method != "GET":
@@ -32,9 +32,7 @@ def check_upgrade(request: HttpRequest, origins: Collection[str]) -> HttpRespons
         return UPGRADE_REQUIRED
     if not _is_key(request.header(b"sec-websocket-key")):
         return http_error(400, "`Sec-WebSocket-Key` is not 16 bytes in base64")
-    if not origin_listed(request, origins):
-        return http_error(403, "this origin is not allowed")
-    return None
+    return check_origin(request, PATH, origins)
 
 
 def minimal_request_head(request: HttpRequest) -> bytes:

@@ -16,6 +16,7 @@ from ...observability.loggers import get_logger
 from ..connection_registry import ConnectionRegistry
 from ..queue_writer import QueueWriter
 from ..replica_interface import ReplicaInterface, SessionInterface
+from ..socket_writer import limit_send_buffer
 from .frame_encoder import PING, close_frame
 from .frame_stream import FrameStream
 from .inbound_frame_limits import InboundFrames
@@ -53,10 +54,7 @@ async def serve_websocket(
     `network` is the network of the peer.
     """
     settings = replica.config.websocket
-    transport = stream.transport_stream if isinstance(stream, trio.SSLStream) else stream
-    if isinstance(transport, trio.SocketStream):
-        # Otherwise the kernel buffers megabytes for a client that does not read. Trio has set TCP_NODELAY.
-        transport.setsockopt(trio.socket.SOL_SOCKET, trio.socket.SO_SNDBUF, settings.send_buffer)
+    limit_send_buffer(stream, settings.send_buffer)
     async with trio.open_nursery() as writers:
         size = replica.config.limits.message_size
         connection = WebSocketServerConnection(

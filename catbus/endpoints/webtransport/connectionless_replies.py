@@ -6,6 +6,7 @@ import os
 import time
 
 from ...limits.token_bucket import TokenBucket
+from ...webtransport.connection_ids import ConnectionIdShare
 from ...webtransport.connectionless_packets import (
     ID_LENGTH,
     MIN_INITIAL_SIZE,
@@ -22,10 +23,11 @@ REPLIES_PER_SECOND = 100
 
 
 class ConnectionlessReplies:
-    """Sends these replies, with the tokens in them."""
+    """Sends these replies, with the tokens in them. The connection IDs in Retry packets are in `share`."""
 
-    def __init__(self, tokens: StatelessTokens, now: float) -> None:
+    def __init__(self, tokens: StatelessTokens, share: ConnectionIdShare, now: float) -> None:
         self._tokens = tokens
+        self._share = share
         self._rate = TokenBucket(REPLIES_PER_SECOND, REPLIES_PER_SECOND, now)
 
     def reply(self, header: PacketHeader, size: int, peer_address: PeerAddress, now: float) -> None:
@@ -40,6 +42,6 @@ class ConnectionlessReplies:
 
     def send_retry(self, header: PacketHeader, peer_address: PeerAddress) -> None:
         """Ask a client to connect again with a token that proves its address."""
-        retry_source = os.urandom(ID_LENGTH)
+        retry_source = self._share.name(os.urandom(ID_LENGTH))
         token = self._tokens.retry_token(peer_address.address, header.destination, retry_source, time.time())
         peer_address.socket.send((encode_retry(header, retry_source, token),), peer_address)

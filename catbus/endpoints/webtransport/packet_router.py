@@ -20,6 +20,7 @@ from ...webtransport import (
     WebTransportConfiguration,
     WebTransportConnection,
 )
+from ...webtransport.connection_ids import ALL_CONNECTION_IDS, ConnectionIdShare
 from ...webtransport.connectionless_packets import (
     MAX_PACKET_SIZE,
     MIN_INITIAL_SIZE,
@@ -67,6 +68,7 @@ class PacketRouter:
         sockets: list[UdpSocket],
         configuration: Callable[[], WebTransportConfiguration],
         sessions: trio.Nursery,
+        share: ConnectionIdShare = ALL_CONNECTION_IDS,
     ) -> None:
         secrets = replica.config.auth.secrets
         self.sockets = sockets
@@ -78,6 +80,8 @@ class PacketRouter:
         self.dropped = 0
         self.dropped_over_share = 0
         """Datagrams dropped because too many of the same client or network were waiting."""
+        self.dropped_misrouted = 0
+        """Datagrams dropped because their connection ID names another worker."""
         self.evicted = 0
         """Half-open connections closed to make room for others."""
         self.rejected = 0
@@ -97,6 +101,7 @@ class PacketRouter:
         self._trusted_proxies = TrustedProxies(replica.config.websocket.trusted_proxies)
         self._origins = frozenset(replica.config.websocket.allowed_origins)
         self._tokens = StatelessTokens(secrets[0] if secrets else None)
+        self._share = share
         self._routes: dict[bytes, QuicPeer] = {}
         self._half_open: EvictionQueue[QuicPeer] = EvictionQueue()
         """Connections without a session yet."""
@@ -105,7 +110,7 @@ class PacketRouter:
         )
         self._timers = ConnectionTimers(self._on_timer)
         now = trio.current_time()
-        self._connectionless_replies = ConnectionlessReplies(self._tokens, now)
+        self._connectionless_replies = ConnectionlessReplies(self._tokens, share, now)
         self._unvalidated_connections = TokenBucket(UNVALIDATED_PER_SECOND, UNVALIDATED_PER_SECOND, now)
         self._changed = trio.lowlevel.ParkingLot()
 
@@ -186,6 +191,10 @@ class PacketRouter:
         if peer is not None:
             queue, key = self._queue_of(peer)
             queued = queue.put(key, peer, (data, peer_address, header, None), now)
+        elif header.destination not in self._share:
+            # A stateless reset would end a connection of the other worker.
+            self.dropped_misrouted += 1
+            return False
         elif header.is_initial:
             if len(data) < MIN_INITIAL_SIZE or len(header.destination) < _SHORTEST_CHOSEN_ID or self.closed:
                 return False
@@ -268,7 +277,11 @@ class PacketRouter:
             self._connectionless_replies.send_retry(header, peer_address)
             return None
         connection = WebTransportConnection.server(
-            self._configuration(), original, retry_source=retry_source, reset_token=self._tokens.reset_token
+            self._configuration(),
+            original,
+            retry_source=retry_source,
+            reset_token=self._tokens.reset_token,
+            share=self._share,
         )
         connection.receive_datagram(data, peer_address, now)
         peer = QuicPeer(connection, network_of(peer_address.address[0]), limited_network, now)

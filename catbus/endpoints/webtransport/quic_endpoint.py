@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import socket
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import trio
 
 from ...webtransport import WebTransportConfiguration
+from ...webtransport.connection_ids import ALL_CONNECTION_IDS, ConnectionIdShare
 from ...webtransport.packet_loss import lost_packets
 from ..replica_interface import ReplicaInterface
 from .packet_router import PacketRouter
-from .udp_socket import open_udp_sockets
+from .udp_socket import UdpSocket, open_udp_sockets
 
 CLOSE_TIMEOUT = 2.0
 """Seconds for the end of the sessions to arrive when the endpoint is cancelled."""
@@ -26,6 +28,7 @@ class QuicEndpointStatistics:
     - `lost`: sent packets that did not arrive, of all servers in this process
     - `dropped`: received datagrams that no connection took
     - `dropped_over_share`: those of them whose client or network had too many waiting
+    - `dropped_misrouted`: those of them whose connection ID names another worker
     - `rejected`: connections over `limits.connections`
     - `rejected_by_address`: connections over `limits.address_connections`
     - `evicted`: half-open connections that were closed to make room for newer ones
@@ -44,6 +47,7 @@ class QuicEndpointStatistics:
     lost: int
     dropped: int
     dropped_over_share: int
+    dropped_misrouted: int
     rejected: int
     rejected_by_address: int
     evicted: int
@@ -76,6 +80,7 @@ class QuicEndpoint:
             lost_packets.count,
             router.dropped,
             router.dropped_over_share,
+            router.dropped_misrouted,
             router.rejected,
             router.rejected_by_address,
             router.evicted,
@@ -90,15 +95,19 @@ async def serve_quic(
     configuration: Callable[[], WebTransportConfiguration],
     sessions: trio.Nursery,
     *,
+    inherited: Sequence[socket.socket] = (),
+    share: ConnectionIdShare = ALL_CONNECTION_IDS,
     task_status: trio.TaskStatus[QuicEndpoint] = trio.TASK_STATUS_IGNORED,
 ) -> None:
     """Serve WebTransport on the addresses `binds`, such as `0.0.0.0:4433` or `[::]:0`.
 
     `configuration` is called for every new connection. Each session is a task in `sessions` that raises no exception.
-    The task status is the endpoint. Returns after that was closed and the last connection has ended. When cancelled, it
-    ends the sessions first, which takes 2 s at most. Raises `ConfigError` if it cannot listen.
+    Instead of opening sockets it uses those that are `inherited`, if any. The connection IDs that it issues are in
+    `share`. The task status is the endpoint. Returns after that was closed and the last connection has ended. When
+    cancelled, it ends the sessions first, which takes 2 s at most. Raises `ConfigError` if it cannot listen.
     """
-    router = PacketRouter(replica, await open_udp_sockets(binds), configuration, sessions)
+    sockets = [UdpSocket(each) for each in inherited] or await open_udp_sockets(binds)
+    router = PacketRouter(replica, sockets, configuration, sessions, share)
     loops = trio.CancelScope(shield=True)
     try:
         async with trio.open_nursery() as nursery:

@@ -167,7 +167,7 @@ async def open_udp_sockets(binds: Sequence[str]) -> list[UdpSocket]:
                 for family, kind, protocol, _, address in found:
                     sock = socket.socket(family, kind, protocol)
                     sockets.append(sock)
-                    _prepare(sock)
+                    prepare_udp_socket(sock)
                     sock.bind(address)
             except OSError as error:
                 raise ConfigError(f"cannot listen on UDP {bind}: {error.strerror or error}") from error
@@ -178,7 +178,8 @@ async def open_udp_sockets(binds: Sequence[str]) -> list[UdpSocket]:
     return [UdpSocket(sock) for sock in sockets]
 
 
-def _prepare(sock: socket.socket) -> None:
+def prepare_udp_socket(sock: socket.socket) -> None:
+    """Set the options of a UDP socket that is not bound yet."""
     sock.setblocking(False)
     if sock.family == socket.AF_INET6:
         sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)

@@ -46,7 +46,7 @@ _KEEPALIVE = (
     (socket.IPPROTO_TCP, socket.TCP_KEEPCNT, 2),
     (socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, 4_000),
 )
-_LOAD_TYPES = "SELECT $1::text[], $2::bytea[], $3::bigint[]"
+_LOAD_TYPES = "SELECT $1::text[], $2::bytea[], $3::bigint[], $4::boolean[]"
 """A statement with all types of arguments and results that asyncpg does not know by itself."""
 
 

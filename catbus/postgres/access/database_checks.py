@@ -14,7 +14,7 @@ import trio
 from ...config import DatabaseSettings, redact_url
 from ...errors import ConfigError
 from .asyncpg_bridge import DATABASE_ERRORS, Bridge, DatabaseConnection, open_bridge
-from .migrations import OLDEST_SERVER, schema_files
+from .migrations import OLDEST_SERVER, read_version, schema_files
 
 Level = Literal["ok", "warning", "error"]
 
@@ -22,7 +22,7 @@ NOTIFICATION_TIMEOUT = 3.0
 """Seconds that a notification may take."""
 MAX_CLOCK_SKEW = 1.0
 """Seconds by which two clocks may differ without a warning."""
-REPLICA_CONNECTIONS = 8
+REPLICA_CONNECTIONS = 10
 """The highest number of connections of a replica."""
 SHORTEST_TIMEOUT = 1000
 """Milliseconds that a statement needs at least. The broker waits for up to 4.5 s."""
@@ -193,7 +193,10 @@ async def _check_schema(connection: DatabaseConnection) -> CheckResult:
                 "GRANT CREATE ON DATABASE to it, or run `catbus init` as a user that may",
             )  # fmt: skip
         return CheckResult("ok", "schema", "there is none yet: `catbus run` or `catbus init` creates it")
-    (version,) = await connection.fetchrow("SELECT version FROM catbus.schema_version")
+    try:
+        version = await read_version(connection)
+    except ConfigError as error:
+        return CheckResult("error", "schema", f"{error}")
     if version > newest:
         return CheckResult("error", "schema", f"version {version}, and this release knows {newest}", "upgrade Catbus")
     behind = "" if version == newest else f"; `catbus run` or `catbus init` brings it to {newest}"

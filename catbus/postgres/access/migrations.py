@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from functools import cache
+from hashlib import sha256
 from importlib import resources
 
 from ...config import DatabaseSettings
@@ -26,6 +28,9 @@ SELECT EXISTS (
     WHERE n.nspname = 'catbus' AND c.relname = 'schema_version'
 )
 """
+# Before the first release, the table had no digest.
+_APPLIED = "SELECT v.version, to_jsonb(v) ->> 'digest' FROM catbus.schema_version AS v"
+_COMMENT = re.compile(r"^\s*(--.*)?\n", re.MULTILINE)
 _SCRIPT_SETTINGS = """
 SET LOCAL default_table_access_method = heap;
 SET LOCAL plpgsql.extra_errors = none;
@@ -39,6 +44,17 @@ def schema_files() -> Sequence[tuple[int, str, str]]:
     folder = resources.files("catbus.postgres") / "schema"
     found = [(file.name, file.read_text("utf-8")) for file in folder.iterdir() if file.name.endswith(".sql")]
     return sorted((int(name.partition("_")[0]), name, script) for name, script in found)
+
+
+def schema_digest(version: int) -> str:
+    """A digest of the files up to this number, without lines that are only comments, and without empty ones."""
+    text = "".join(_COMMENT.sub("", script) for number, _, script in schema_files() if number <= version)
+    return sha256(text.encode()).hexdigest()
+
+
+def version_update(version: int) -> str:
+    """The statement that records that the files up to this number were applied."""
+    return f"UPDATE catbus.schema_version SET version = {version:d}, digest = '{schema_digest(version)}'"  # noqa: S608
 
 
 async def init(settings: DatabaseSettings) -> list[str]:
@@ -80,7 +96,7 @@ async def migrate(connection: DatabaseConnection) -> list[str]:
     """Apply the missing files, all in one transaction, and return their names.
 
     Replicas that start together wait for one another. Raises `ConfigError` for a database that cannot be used: the
-    server is too old, the encoding is not UTF-8, or a newer release has made the schema.
+    server is too old, the encoding is not UTF-8, or a newer release or another build has made the schema.
     """
     if connection.version < OLDEST_SERVER:
         raise ConfigError(f"the database is PostgreSQL {connection.version}; Catbus needs {OLDEST_SERVER} or newer")
@@ -98,7 +114,7 @@ async def migrate(connection: DatabaseConnection) -> list[str]:
     missing = [(number, name, script) for number, name, script in files if number > version]
     for number, _, script in missing:
         await connection.execute(script, timeout=_SCRIPT_TIMEOUT)
-        await connection.execute(f"UPDATE catbus.schema_version SET version = {number:d}")  # noqa: S608
+        await connection.execute(version_update(number))
     await connection.execute("COMMIT", timeout=_SCRIPT_TIMEOUT)
     names = [name for _, name, _ in missing]
     if names:
@@ -108,11 +124,27 @@ async def migrate(connection: DatabaseConnection) -> list[str]:
 
 async def check_version(connection: DatabaseConnection) -> None:
     """Raise `ConfigError` unless the schema has the version of this release."""
-    (version,) = await connection.fetchrow("SELECT version FROM catbus.schema_version")
+    version = await read_version(connection)
     newest = schema_files()[-1][0]
     if version != newest:
         what = "`catbus init` brings it there" if version < newest else "use a newer release"
         raise ConfigError(f"the schema has version {version}, and this release needs {newest}: {what}")
+
+
+async def read_version(connection: DatabaseConnection) -> int:
+    """The number of the newest file of the schema that was applied.
+
+    Raises `ConfigError` if other files with these numbers were applied than those of this release.
+    """
+    version, digest = await connection.fetchrow(_APPLIED)
+    if version <= schema_files()[-1][0] and digest != schema_digest(version):
+        raise ConfigError(
+            f"another build of Catbus has made the schema of this database: its version {version} differs from that of "
+            "this release, and there is no migration. Start the build that made it, or use another database. "
+            "`DROP SCHEMA catbus CASCADE` deletes the schema with all messages; for an embedded database, delete the "
+            "directory `postgres` in the state directory"
+        )
+    return int(version)
 
 
 async def _version(connection: DatabaseConnection, newest: int) -> int:
@@ -120,9 +152,9 @@ async def _version(connection: DatabaseConnection, newest: int) -> int:
     (prepared,) = await connection.fetchrow(_HAS_SCHEMA)
     if not prepared:
         return 0
-    (version,) = await connection.fetchrow("SELECT version FROM catbus.schema_version")
+    version = await read_version(connection)
     if version > newest:
         raise ConfigError(
             f"the database's schema has version {version} and this release knows {newest}: a newer release made it"
         )
-    return int(version)
+    return version

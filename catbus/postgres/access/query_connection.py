@@ -31,6 +31,11 @@ class QueryConnection:
             self.statements += 1
             return await connection.fetch(query, *args, timeout=timeout)
 
+    def drop(self) -> None:
+        """Close the connection: the next statement opens another one."""
+        if self._connection is not None:
+            self._connection.terminate()
+
     async def _connected(self) -> DatabaseConnection:
         if self._connection is None or self._connection.closed:
             self._connection = None

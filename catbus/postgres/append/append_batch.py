@@ -3,21 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import TypeVar
 
 import msgspec
-from msgspec import Raw
+from msgspec import Raw, Struct
 
 from ...log import Append, Entry, Outcome, Rejected
 from ...log.interface import UNKNOWN
+
+T = TypeVar("T")
 
 MAX_BATCH_MESSAGES = 1000
 """Messages that one transaction appends at most."""
 MAX_BATCH_COST = 4 << 20
 """The cost limit of one transaction while a single client publishes."""
 
-_ARGUMENTS = ", ".join(f"${number}" for number in range(1, 13))
-APPEND = f"CALL catbus.append_transaction({_ARGUMENTS}, false, NULL, NULL, NULL, NULL, NULL, NULL)"
-APPEND_AND_MOVE = f"CALL catbus.append_transaction({_ARGUMENTS}, true, NULL, NULL, NULL, NULL, NULL, NULL)"
+_ARGUMENTS = ", ".join(f"${number}" for number in range(1, 15))
+APPEND = f"CALL catbus.append_transaction({_ARGUMENTS}, false{', NULL' * 7})"
+APPEND_AND_MOVE = f"CALL catbus.append_transaction({_ARGUMENTS}, true{', NULL' * 7})"
 MOVE = "CALL catbus.move_outbox_transaction($1, $2, $3, NULL, NULL, NULL)"
 _NULL = "\x01"
 """The line that stands for a sender that is null."""
@@ -27,7 +30,18 @@ _ENCLOSED_BYTES = 900
 _ENCLOSED_ENTRIES = 28
 """No more entries fit: the smallest one takes 21 bytes of text."""
 
-_entries = msgspec.json.Decoder(list[tuple[str, str | None, str | None, Raw]])
+
+class EnclosedEntry(Struct, array_like=True, frozen=True):
+    """An entry in a notification. `retain` is left out if it is false."""
+
+    channel: str
+    sender: str | None
+    origin: str | None
+    payload: Raw
+    retain: bool = False
+
+
+_entries = msgspec.json.Decoder(list[EnclosedEntry])
 
 Encrypt = Callable[[bytes], str]
 
@@ -65,8 +79,8 @@ class AppendBatch:
     def build_call(self, encrypt: Encrypt, *, move: bool = False) -> tuple[str, tuple[object, ...]]:
         """Return the statement that appends the messages, and its arguments from the third on.
 
-        The statement returns `at`, `first` and `seqs` of `catbus.append`, and then the columns of `MOVE`: with `move`,
-        it also moves messages from the outbox.
+        The statement returns `at`, `first`, `seqs` and `present` of `catbus.append`, and then the columns of `MOVE`:
+        with `move`, it also moves messages from the outbox.
 
         Few small messages are also encrypted, for the notification: once, however often they are sent.
 
@@ -96,12 +110,16 @@ class AppendBatch:
         producers = [own if append.producer is None else append.producer for append in appends]
         origins = [append.origin for append in appends]
         afters = [after if append.after is None else append.after for append in appends]
+        retains = [append.retain or None for append in appends]
+        expects = [append.expect for append in appends]
         return (
             *columns,
             producers[:1] if producers.count(producers[0]) == len(producers) else producers,
             ",".join(map(str, self.numbers)),
-            None if origins.count(None) == len(origins) else origins,
+            _none_if_empty(origins),
             afters[:1] if afters.count(after) == len(afters) else afters,
+            _none_if_empty(retains),
+            _none_if_empty(expects),
             _encode_enclosed(appends, encrypt),
             len(appends),
         )
@@ -155,6 +173,11 @@ class AppendBatch:
         )
 
 
+def _none_if_empty(column: list[T | None]) -> list[T | None] | None:
+    """The column; None if all of its elements are None."""
+    return None if column.count(None) == len(column) else column
+
+
 # Entries in notifications
 
 
@@ -162,18 +185,27 @@ def _encode_enclosed(appends: Sequence[Append], encrypt: Encrypt) -> str | None:
     """The messages as encrypted text; None if they are too many or too large."""
     if len(appends) > _ENCLOSED_ENTRIES or sum([append.size for append in appends]) > _ENCLOSED_BYTES:
         return None
-    text = msgspec.json.encode(
-        [
-            (append.channel, append.sender, None if append.origin is None else append.origin.hex(), Raw(append.payload))
-            for append in appends
-        ]
-    )
+    text = msgspec.json.encode([_enclose(append) for append in appends])
     return encrypt(text) if len(text) <= _ENCLOSED_BYTES else None
+
+
+def _enclose(append: Append) -> tuple[object, ...]:
+    origin = None if append.origin is None else append.origin.hex()
+    fields = append.channel, append.sender, origin, Raw(append.payload)
+    return (*fields, True) if append.retain else fields
 
 
 def decode_enclosed(text: bytes, first: int, at: int) -> list[Entry]:
     """Decode enclosed entries; the first one has the seq `first`. Raises `msgspec.DecodeError` or `ValueError`."""
     return [
-        Entry(seq, at, channel, bytes(payload), sender, None if origin is None else bytes.fromhex(origin))
-        for seq, (channel, sender, origin, payload) in enumerate(_entries.decode(text), first)
+        Entry(
+            seq,
+            at,
+            entry.channel,
+            bytes(entry.payload),
+            entry.sender,
+            None if entry.origin is None else bytes.fromhex(entry.origin),
+            entry.retain,
+        )
+        for seq, entry in enumerate(_entries.decode(text), first)
     ]

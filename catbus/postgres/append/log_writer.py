@@ -10,15 +10,16 @@ from operator import attrgetter
 
 import trio
 
-from ...log import Append, Committed, Entry, Rejected
+from ...log import Append, Committed, Entry, Rejected, conflict
 from ...log.append_queue import AppendQueue
 from ...log.interface import (
     APPEND_OVERHEAD,
-    CONFLICT,
     FAILED,
+    KEY_REUSED,
     MAX_PENDING,
     MAX_PENDING_BYTES,
     OVERLOADED,
+    RETAINED_FULL,
     SHUTTING_DOWN,
     UNAVAILABLE,
     UNDECIDED,
@@ -47,6 +48,9 @@ APPEND_TIMEOUT = 4.5
 EPOCH_TIMEOUT = 5.0
 """Seconds to wait for the new epoch after the database has rejected the old one."""
 
+_CONFLICT = -2
+_REJECTIONS = {0: KEY_REUSED, -1: UNDECIDED, -3: RETAINED_FULL}
+"""What `catbus.append` returns instead of a seq, together with `_CONFLICT`."""
 _WRONG_EPOCH = "CB001"
 _DATA_ERRORS = ("21", "22", "23", "54")
 """SQLSTATE classes of faulty data. After any other error the same batch is sent again."""
@@ -69,6 +73,8 @@ class LogWriter:
         self.commits = 0
         self.appended = 0
         self.duplicates = 0
+        self.conflicts = 0
+        """Messages that were rejected because of another retained message than the expected one."""
         self.moved = 0
         """Messages that were moved from the outbox into the log."""
         self.sizes = [0] * (MAX_BATCH_MESSAGES.bit_length() + 1)
@@ -281,7 +287,7 @@ class LogWriter:
             statement, args = batch.build_call(self._encrypt, move=moving)
             began = trio.current_time()
             with trio.CancelScope(shield=True):
-                at, first, seqs, *moves = await self._fetch_row(connection, epoch, statement, *args)
+                at, first, seqs, present, *moves = await self._fetch_row(connection, epoch, statement, *args)
         except Exception as error:
             self._end_move()
             state = sqlstate(error)
@@ -296,7 +302,7 @@ class LogWriter:
                 self._split_rejected(batch, error)
             return
         entries = [
-            Entry(seq, at, append.channel, append.payload, append.sender, append.origin)
+            Entry(seq, at, append.channel, append.payload, append.sender, append.origin, append.retain)
             for append, seq in zip(batch.appends, seqs, strict=True)
             if seq >= first
         ]
@@ -306,7 +312,6 @@ class LogWriter:
         self._speed += (cost / max(took, 1e-6) - self._speed) / 4
         self.commits += 1
         self.appended += len(entries)
-        self.duplicates += len(seqs) - len(entries)
         self.sizes[(len(seqs) - 1).bit_length()] += 1
         if generation == self._tail.generation:
             if entries:
@@ -321,7 +326,12 @@ class LogWriter:
         if len(entries) == len(seqs):
             batch.settle([Committed(seq) for seq in seqs])
         else:
-            batch.settle([_outcome(seq, first) for seq in seqs])
+            outcomes = [
+                _outcome(seq, first, held) for seq, held in zip(seqs, present or [None] * len(seqs), strict=True)
+            ]
+            self.conflicts += seqs.count(_CONFLICT)
+            self.duplicates += sum([isinstance(outcome, Committed) for outcome in outcomes]) - len(entries)
+            batch.settle(outcomes)
         self._in_flight.popleft()
 
     async def _move(self, connection: DatabaseConnection) -> None:
@@ -410,10 +420,14 @@ class LogWriter:
             append.settle(append, UNDECIDED)
 
 
-def _outcome(seq: int, first: int) -> Outcome:
+def _outcome(seq: int, first: int, present: int | None) -> Outcome:
+    """The outcome of an entry, from its element of `seqs` and of `present`."""
     if seq > 0:
         return Committed(seq, seq < first)
-    return UNDECIDED if seq else CONFLICT
+    if seq == _CONFLICT:
+        assert present is not None
+        return conflict(present)
+    return _REJECTIONS[seq]
 
 
 def _is_sound(append: Append) -> bool:

@@ -74,9 +74,10 @@ class LogTail:
 
         `lost` tells the follower why entries may be missing.
         """
+        if epoch != self.epoch:
+            self._read_until = 0
         self.epoch = epoch
         self.applied = self.announced = self._expected = applied
-        self._read_until = 0
         self.floor = floor
         self.generation += 1
         self._waiting.clear()

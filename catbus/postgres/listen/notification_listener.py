@@ -22,6 +22,7 @@ from ..follow.log_tail import LogTail
 from ..notifications.encryption import (
     EPHEMERAL_CHANNEL,
     LOG_CHANNEL,
+    PRESENCE_CHANNEL,
     ROLES_CHANNEL,
     ForgedNotificationError,
     NotificationKeys,
@@ -53,7 +54,7 @@ _POLL = (
     "extract(epoch FROM clock_timestamp())::double precision "
     "FROM catbus.poll($1)"
 )
-_ERASED_SEQS = "SELECT catbus.erased_seqs($1, $2)"
+_ERASED_SEQS = "SELECT catbus.erased_seqs($1, $2), (SELECT p.floor FROM catbus.log_position() AS p)"
 _FINGERPRINT = "SELECT catbus.fingerprint($1)"
 _NEW_EPOCH = "CALL catbus.new_epoch_transaction($1, $2, NULL, NULL, NULL)"
 _KEEP_EPOCH = "SELECT catbus.keep_epoch($1)"
@@ -98,6 +99,7 @@ class NotificationListener:
         relay: EphemeralRelay,
         role_changes: RoleChanges,
         revocations: StoredRevocations,
+        note_presence: Callable[[int], None],
         *,
         lossless: bool = False,
     ) -> None:
@@ -117,6 +119,7 @@ class NotificationListener:
         self._relay = relay
         self._role_changes = role_changes
         self._revocations = revocations
+        self._note_presence = note_presence
         self._lossless = lossless
         self._received: deque[Callable[[], None]] = deque()
         self._has_received = trio.Event()
@@ -189,7 +192,7 @@ class NotificationListener:
     async def _listen(self, connection: DatabaseConnection) -> None:
         self._listening = True
         self.polling_interval.begin(listening=True)
-        for channel in (LOG_CHANNEL, EPHEMERAL_CHANNEL, ROLES_CHANNEL):
+        for channel in (LOG_CHANNEL, EPHEMERAL_CHANNEL, ROLES_CHANNEL, PRESENCE_CHANNEL):
             await connection.listen(channel, partial(self._receive, channel))
 
     async def _read_keys(self, connection: DatabaseConnection) -> None:
@@ -213,6 +216,9 @@ class NotificationListener:
             elif channel == EPHEMERAL_CHANNEL:
                 if entries := self._relay.decode(payload):
                     self._enqueue(partial(self._relay.deliver, entries))
+            elif channel == PRESENCE_CHANNEL:
+                version, _ = self._tail.keys.verify(PRESENCE_CHANNEL, payload)
+                self._note_presence(int(version))
             elif payload:  # The empty one is for replicas of earlier releases.
                 self._receive_role(payload)
         except ForgedNotificationError:
@@ -371,7 +377,9 @@ class NotificationListener:
         newest = result.epoch, result.erasure
         if self._erasure is not None and self._erasure != newest:
             lowest = self._tail.begin_erasure(result.head)
-            (seqs,) = await connection.fetchrow(_ERASED_SEQS, lowest - 1, result.head, timeout=POLL_TIMEOUT)
+            seqs, floor = await connection.fetchrow(_ERASED_SEQS, lowest - 1, result.head, timeout=POLL_TIMEOUT)
+            # Of rows that retention has deleted, the table no longer says whether they were erased.
+            self._tail.recent.forget(floor - 1)
             for _ in self._tail.erase(frozenset(seqs)):
                 await trio.lowlevel.checkpoint()
             self.erasures += 1

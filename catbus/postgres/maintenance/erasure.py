@@ -18,8 +18,10 @@ VACUUM_RETRY_INTERVAL = 0.1
 BATCH_TIMEOUT = 60.0
 """Seconds for 10,000 entries."""
 
-_HEAD = "SELECT head FROM catbus.position()"
+_HEAD = "SELECT head FROM catbus.log_position()"
 _OUTBOX = "SELECT catbus.erase_outbox($1, $2)"
+_RETAINED = "SELECT catbus.erase_retained($1, $2, $3, $4, $5)"
+_DEAD_LETTERS = "SELECT catbus.erase_dead_letters($1, $2, $3, $4)"
 _BATCH = "SELECT scanned, matched, channel, seq FROM catbus.erase_batch($1, $2, $3, $4, $5, $6, $7)"
 
 ReportProgress = Callable[[int, int], None]
@@ -82,6 +84,10 @@ async def erase_messages(
         # The outbox comes first: what a replica moves from there meanwhile is in the log when the head is read.
         (found,) = await connection.fetchrow(_OUTBOX, selection.pattern, apply, timeout=BATCH_TIMEOUT)
     (head,) = await connection.fetchrow(_HEAD)
+    (retained,) = await connection.fetchrow(
+        _RETAINED, selection.pattern, selection.sender, selection.before, head, apply, timeout=BATCH_TIMEOUT
+    )
+    found += int(retained)
     channel, seq = "", 0
     while True:
         batch, matched, channel, seq = await connection.fetchrow(
@@ -96,7 +102,12 @@ async def erase_messages(
             timeout=BATCH_TIMEOUT,
         )
         if not batch:
-            return found
+            break
         scanned += batch
         found += matched
         report_progress(scanned, found)
+    # The dead letters come last: what a consumer rejects from now on is erased already.
+    (dead,) = await connection.fetchrow(
+        _DEAD_LETTERS, selection.pattern, selection.sender, selection.before, apply, timeout=BATCH_TIMEOUT
+    )
+    return found + int(dead)

@@ -18,7 +18,7 @@ BLOCKED_INTERVAL = 10.0
 """The same while a transaction uses the partition that is to be emptied."""
 SLOTS = 8
 
-_DUE = "SELECT d.expired, d.bytes, d.expired IS NOT NULL OR d.closing FROM catbus.retention_due($1, $2) AS d"
+_DUE = "SELECT d.expired, d.bytes, d.expired IS NOT NULL OR d.closing, d.held FROM catbus.retention_due($1, $2) AS d"
 _STEP = "CALL catbus.retain_transaction($1, $2, NULL, NULL, NULL, NULL, NULL, NULL)"
 
 # A transaction that began a moment ago is about to end, or has ended when pg_stat_activity is read. A transaction whose
@@ -62,6 +62,8 @@ class LogRetention:
         """How many entries this replica removed."""
         self.held = 0
         """How often a partition was to be emptied and a transaction used it."""
+        self.held_by_consumer = False
+        """Whether a consumer with `hold` kept a part that is too old at the last check."""
         self.holders: Sequence[BlockingTransaction] = ()
         """The transactions that did so at the last check."""
         self.stepped: int | None = None
@@ -78,7 +80,7 @@ class LogRetention:
     async def _run_steps(self, connection: DatabaseConnection) -> bool:
         """Take the steps that are due. Returns False if a transaction blocks one."""
         while True:
-            expired, self.bytes, due = await connection.fetchrow(_DUE, self._age, self._size)
+            expired, self.bytes, due, self.held_by_consumer = await connection.fetchrow(_DUE, self._age, self._size)
             if expired is None:
                 self._is_blocked, self.holders = False, ()
             if not due:

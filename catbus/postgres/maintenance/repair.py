@@ -14,7 +14,7 @@ REPAIRED_RANGES = 500
 """Ranges that one transaction repairs. No replica can append meanwhile."""
 SCAN_TIMEOUT = 60.0
 
-_POSITION = "SELECT head, floor FROM catbus.position()"
+_POSITION = "SELECT head, floor FROM catbus.log_position()"
 _LIST = "SELECT first, last FROM catbus.list_deleted_ranges($1, $2)"
 # A database may have another isolation level by default.
 _REPAIR = """

@@ -26,6 +26,8 @@ EPHEMERAL_CHANNEL = "catbus_ephemeral"
 """The channel of the ephemeral relay."""
 ROLES_CHANNEL = "catbus_roles"
 """The channel of notifications of role changes."""
+PRESENCE_CHANNEL = "catbus_presence"
+"""The channel of notifications of changed memberships."""
 
 ENCRYPTION_OVERHEAD = 16 + 8 + 16
 """Bytes that encryption adds to a text: the incarnation, the number, the tag."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable
+from dataclasses import replace
 from typing import Annotated
 
 from msgspec import Meta, Struct
@@ -41,11 +42,16 @@ def may_administer(identity: Identity) -> bool:
     return identity.admin or (identity.grants.may_read("*") and identity.grants.may_write("*"))
 
 
-def for_administrators(answer: Callable[[ReplicaInterface, HttpRequest], Awaitable[Struct]]) -> Handler:
+def for_administrators(
+    answer: Callable[[ReplicaInterface, HttpRequest], Awaitable[Struct]], *, messages: bool = False
+) -> Handler:
     """Make a handler that checks the token, answers with the struct that `answer` returns, and logs the call.
 
     The token is taken from the `Authorization` header alone: a URL may be logged on its way. `answer` may raise
     `PeerError` and `Unavailable`.
+
+    `messages`: the answer has contents of messages, so that it is not sent any more once messages were erased. It has
+    none that were erased before `answer` returns.
     """
 
     async def handle(replica: ReplicaInterface, request: HttpRequest) -> HttpResponse:
@@ -59,6 +65,9 @@ def for_administrators(answer: Callable[[ReplicaInterface, HttpRequest], Awaitab
             return error_response(replica, error)
         try:
             response = json_response(await answer(replica, request), headers=[(b"cache-control", b"no-store")])
+            if messages:
+                version = replica.delivery.page_version
+                response = replace(response, is_valid=lambda: version == replica.delivery.page_version)
         except (PeerError, Unavailable) as error:
             response = error_response(replica, error)
         path, client_id = clip(request.path), identity.client_id

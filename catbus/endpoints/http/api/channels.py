@@ -58,7 +58,7 @@ async def _answer(replica: ReplicaInterface, request: HttpRequest) -> ChannelsRe
         seconds=round(counts.seconds, 3),
         messages=counts.total,
         missed=counts.missed,
-        channels=[ChannelReport(name, number, delivery.count_matches(name)) for name, number in counts.channels],
+        channels=[ChannelReport(name, number, delivery.trees.count_matches(name)) for name, number in counts.channels],
         patterns=await _most_subscribed(replica, limit),
     )
 
@@ -71,7 +71,7 @@ async def _most_subscribed(replica: ReplicaInterface, limit: int) -> list[Patter
     scheduler = replica.cpu_scheduler
     found: dict[str, PatternReport] = {}
     began = perf_counter()
-    for pattern, live, lagging in replica.delivery.count_by_pattern():
+    for pattern, live, lagging in replica.delivery.trees.count_by_pattern():
         if live + lagging:
             found[pattern] = PatternReport(pattern, live + lagging, lagging)
         if len(found) > 2 * limit:
