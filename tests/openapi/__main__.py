@@ -7,6 +7,7 @@ python -m tests.openapi --examples 50 --include-path /publish     fewer, and opt
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from math import inf
 from pathlib import Path
@@ -20,6 +21,7 @@ from tests.brokers import TOKEN, running
 from tests.programs import find_schemathesis
 
 CONFIG = Path(__file__).with_name("schemathesis.toml")
+HOOKS = Path(__file__).with_name("hooks.py")
 
 
 async def check(examples: int, *options: str) -> tuple[int, str]:
@@ -36,7 +38,10 @@ async def check(examples: int, *options: str) -> tuple[int, str]:
         command += ["--header", f"Authorization: Bearer {TOKEN}", "--max-examples", str(examples), "--no-color"]
         with TemporaryDirectory() as directory:
             # It keeps the failures that it has found in its working directory, and tries them again the next time.
-            done = await trio.run_process([*command, *options], cwd=directory, capture_stdout=True, check=False)
+            environment = {**os.environ, "SCHEMATHESIS_HOOKS": str(HOOKS)}
+            done = await trio.run_process(
+                [*command, *options], cwd=directory, env=environment, capture_stdout=True, check=False
+            )
         nursery.cancel_scope.cancel()
         return done.returncode, done.stdout.decode()
 

@@ -39,7 +39,8 @@ MESSAGE_FIELDS = ("type", "channel", "payload", "ephemeral", "retain", "expect")
 _PLACE = "#/components/schemas/"
 _DESCRIPTION = (
     "What HTTP clients and administrators can ask of a broker, on its WebSocket port. The specification of the "
-    "protocol says more about messages, tokens and error codes. Every path with GET also answers HEAD."
+    "protocol says more about messages, tokens and error codes. Every path with GET also answers HEAD. Integers in "
+    "bodies are written without fraction and exponent."
 )
 
 
