@@ -76,10 +76,11 @@ async def test_nobody_is_rejected_while_the_issuer_rotates_its_keys(
                 status, _ = await post(address, issuer.token(), b'{"channel":"a","payload":1}')
                 assert status == 200
         assert replies == ["auth_ok"] * 100
-        # At the start, and once for all who come with a new key.
+        # At the start, once for all who come with a new key, and once more for those who come during that fetch.
         assert broker.replica.key_sets is not None
         statistics = broker.replica.key_sets.statistics()
-        assert (statistics.fetches, statistics.failures) == (6, 0)
+        assert 6 <= statistics.fetches <= 11
+        assert statistics.failures == 0
 
 
 class Clients:
