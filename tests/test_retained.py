@@ -182,6 +182,19 @@ async def test_subscription_that_adds_the_retained_messages_has_no_hole(broker: 
         assert page["messages"] == ([] if second["seq"] < 21 else page["messages"])
 
 
+async def test_subscription_that_waits_for_the_replica_adds_the_retained_messages_at_the_replica_s_head(
+    broker: TestBroker,
+) -> None:
+    async with connected(broker) as wire:
+        await broker.broker.publish("a", 1, retain=True)
+        await wire.subscribe("a", since=5)
+        assert (await wire.subscribe("a", retained=True))["seq"] == 1
+        assert await wire.snapshot("a") == [("a", 1, 1)]
+        assert (await wire.next())["type"] == "live"
+        await broker.broker.publish("a", 2)
+        assert (await wire.next())["seq"] == 2
+
+
 async def test_resumed_subscription_gets_no_snapshot(broker: TestBroker) -> None:
     async with connected(broker) as wire:
         await broker.broker.publish("a", 1, retain=True)

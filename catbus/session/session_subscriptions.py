@@ -36,8 +36,8 @@ class SessionSubscriptions:
         pattern, cursor = request.pattern, delivery.position
         known = session.subscriptions.get(pattern)
         if known is not None and known.lagging and request.retained and request.since is None:
-            # What it has not got yet follows the snapshot.
-            cursor = known.cursor
+            # What it has not got yet follows the snapshot. Its cursor may be above all that this replica has.
+            cursor = min(cursor, known.cursor)
         replaced = self._remove(pattern)
         if replaced is not None:
             self._end_stream(replaced)

@@ -343,8 +343,8 @@ class RetainingReplica(Replica):
                     if since is not None and since > self.applied:
                         self.lagging[pattern] = since
                     return
-                # It goes on where the subscription is that it replaces.
-                position = self.held.setdefault(pattern, self.applied)
+                # It goes on where the subscription is that it replaces, which may be ahead of this replica.
+                position = self.held[pattern] = min(self.held.get(pattern, self.applied), self.applied)
                 self.snapshots[pattern] = position, ""
                 self.say(subscribed(position, number, pattern))
             case {"type": "unsubscribe", "pattern": pattern}:
