@@ -268,7 +268,7 @@ def versions_table() -> str:
         *browsers,
         *[[name, version_of(find, OPTIONS[name])] for name, find in proxies.PROGRAMS.items()],
     ]
-    return table(["", "Version"], rows)
+    return table(["Program", "Version"], rows)
 
 
 BROWSERS = "Chromium", "Firefox"
@@ -341,7 +341,7 @@ def tables(results: dict[tuple[str, str], Results], versions: dict[tuple[str, st
         for step in STEPS
     ]
     parts = ["### Clients, by path", table(["Client", *paths], by_path)]
-    parts += ["### Clients, by step", table(["", *clients], by_step)]
+    parts += ["### Clients, by step", table(["Step", *clients], by_step)]
     if versions:
         through = list(dict.fromkeys(path for _, path in versions))
         rows = [[client, *(versions.get((client, path), "") for path in through)] for client in clients]
@@ -353,7 +353,7 @@ def tables(results: dict[tuple[str, str], Results], versions: dict[tuple[str, st
                 failures.setdefault((client, path, result), []).append(step)
     if failures:
         failed = [[client, path, ", ".join(found), result] for (client, path, result), found in failures.items()]
-        parts += ["### Failures", table(["Client", "Path", "Steps", ""], failed)]
+        parts += ["### Failures", table(["Client", "Path", "Steps", "Result"], failed)]
     return parts
 
 

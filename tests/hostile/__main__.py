@@ -89,7 +89,7 @@ def main() -> None:
 
 def table(attacks: Iterable[Attack]) -> Iterator[str]:
     """Yield the lines of a Markdown table of the attacks."""
-    yield "| Attack | Layer | Token | Tested | |"
+    yield "| Attack | Layer | Token | Tested | What it sends |"
     yield "|---|---|---|---|---|"
     for attack in attacks:
         words = ("yes" if attack.token else "no", "yes" if attack.stands else "no")
