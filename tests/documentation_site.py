@@ -44,8 +44,8 @@ def main() -> None:
     for source, name in page_names().items():
         text = (ROOT / source).read_text(encoding="utf-8")
         (directory / name).write_text(rewrite_links(text, source, directory), encoding="utf-8")
-    for source in (ROOT / "docs" / "site").iterdir():
-        shutil.copyfile(source, directory / source.name)
+    for asset in (ROOT / "docs" / "site").iterdir():
+        shutil.copyfile(asset, directory / asset.name)
     settings = (ROOT / "catbus.toml").read_text(encoding="utf-8")
     (directory / SETTINGS).write_text(f"# Settings\n\n```toml\n{settings}```\n", encoding="utf-8")
 

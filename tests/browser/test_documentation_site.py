@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
-from collections.abc import AsyncIterator, Iterator, Sequence
+from collections.abc import AsyncGenerator, Iterator, Sequence
 from contextlib import aclosing, contextmanager
 from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
@@ -54,7 +54,7 @@ def served_site() -> Iterator[tuple[str, list[str]]]:
             server.shutdown()
 
 
-async def audit(browser: Browser, url: str, names: Sequence[str]) -> AsyncIterator[tuple[str, str, list[Any]]]:
+async def audit(browser: Browser, url: str, names: Sequence[str]) -> AsyncGenerator[tuple[str, str, list[Any]], None]:
     """Yield what is found on each page, first in the light palette, then in the dark one."""
     axe = AXE.read_text(encoding="utf-8")
     for palette, choice in PALETTES.items():
