@@ -16,6 +16,7 @@ import trio
 
 from ..config import Config
 from ..errors import ConfigError
+from ..processes.service_manager import ServiceManager
 from ..processes.supervisor import supervise
 from ..processes.worker_process import WorkerProcess, serve_worker
 from .line_writer import close_writers, use_threads
@@ -53,12 +54,13 @@ def run_workers(
     reload: Callable[[], None],
     on_serving: Callable[[list[tuple[str, str]]], None],
     explain: Callable[[BaseException], tuple[int, str]],
+    manager: ServiceManager,
 ) -> int:
     """Supervise `count` workers, and return the exit status. The writers of this process must have no thread.
 
     `configure_logs` and `reload` are called in each worker, `on_serving` with the addresses in this process.
     """
-    return supervise(config, count, partial(_run_worker, configure_logs, reload, explain), on_serving)
+    return supervise(config, count, partial(_run_worker, configure_logs, reload, explain), on_serving, manager)
 
 
 def _run_worker(

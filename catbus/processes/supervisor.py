@@ -33,6 +33,7 @@ from ..observability.loggers import get_logger
 from ..postgres.embedded.server import prepare_server
 from .held_sockets import HeldSockets, open_held_sockets
 from .restart_policy import MAX_DEATHS, PERIOD, RestartPolicy
+from .service_manager import ALIVE, READY, STOPPING, ServiceManager
 from .siblings import SiblingClient
 from .signal_queue import QUEUED, SignalQueue
 from .supervised_database import SupervisedDatabase
@@ -70,7 +71,11 @@ class WorkerSlot:
 
 
 def supervise(
-    config: Config, count: int, run_worker: RunWorker, on_serving: Callable[[list[tuple[str, str]]], None]
+    config: Config,
+    count: int,
+    run_worker: RunWorker,
+    on_serving: Callable[[list[tuple[str, str]]], None],
+    manager: ServiceManager,
 ) -> int:
     """Run `count` workers until a signal stops them, and return the exit status.
 
@@ -95,7 +100,7 @@ def supervise(
         # Pages with what exists now stay shared between the processes: no collection writes to them.
         gc.collect()
         gc.freeze()
-        return Supervisor(config, held, database, signals, run_worker, on_serving).run()
+        return Supervisor(config, held, database, signals, run_worker, on_serving, manager).run()
 
 
 @contextmanager
@@ -120,6 +125,7 @@ class Supervisor:
         signals: SignalQueue,
         run_worker: RunWorker,
         on_serving: Callable[[list[tuple[str, str]]], None],
+        manager: ServiceManager,
     ) -> None:
         self._config = config
         self._held = held
@@ -127,6 +133,9 @@ class Supervisor:
         self._signals = signals
         self._run_worker = run_worker
         self._on_serving = on_serving
+        self._manager = manager
+        self._alive_due = None if manager.watchdog_interval is None else time.monotonic()
+        """The monotonic time at which the service manager expects to be told that this process is alive."""
         self._slots = [WorkerSlot(number) for number in range(len(held.siblings))]
         self._reloads = not sys.stdin.isatty()
         # A byte that all processes share: whether all workers stop.
@@ -163,6 +172,9 @@ class Supervisor:
         database = self._database
         if database is not None and database.due is not None and database.due <= now and not self._stopping:
             database.start()
+        if self._alive_due is not None and self._alive_due <= now:
+            self._manager.tell(ALIVE)
+            self._alive_due = now + (self._manager.watchdog_interval or 0)
         for slot in self._slots:
             if slot.due is not None and slot.due <= now:
                 slot.due = None
@@ -281,6 +293,7 @@ class Supervisor:
         if not self._serving and all(slot.has_served for slot in self._slots):
             self._serving = True
             self._on_serving(self._held.addresses)
+            self._manager.tell(READY)
 
     def _close_ready_pipe(self, slot: WorkerSlot) -> None:
         if slot.ready_pipe is not None:
@@ -289,7 +302,7 @@ class Supervisor:
 
     def _seconds_to_wait(self) -> float | None:
         times = [slot.due for slot in self._slots if slot.due is not None]
-        times += [] if self._kill_at is None else [self._kill_at]
+        times += [each for each in (self._kill_at, self._alive_due) if each is not None]
         if self._database is not None and self._database.due is not None and not self._stopping:
             times.append(self._database.due)
         return min(times) - time.monotonic() if times else None
@@ -300,7 +313,9 @@ class Supervisor:
         if number == signal.SIGCHLD:
             return
         if number == signal.SIGHUP and self._reloads:
+            self._manager.tell_reloading()
             self._kill_all(number)
+            self._manager.tell(READY)
         elif not self._stopping:
             logger.info("stopping", signal=number.name)
             self._stop(0)
@@ -312,6 +327,7 @@ class Supervisor:
     def _stop(self, status: int) -> None:
         """Have all workers drain, and then end with `status`."""
         self._stopping, self._status = True, status
+        self._manager.tell(STOPPING)
         self._stopping_flag[0] = 1
         drain = self._config.drain
         self._kill_at = time.monotonic() + drain.delay + drain.window + drain.deadline + STOP_MARGIN

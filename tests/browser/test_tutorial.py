@@ -140,6 +140,8 @@ class Guide:
             "$PWD/.venv/bin": str(Path(sys.executable).parent),
             "psql ": f"{shlex.quote(find_program('postgresql-client', 'psql'))} ",
         }
+        # For root, PostgreSQL runs as another user, who has to reach its directory.
+        directory.chmod(0o755)
         state = directory / "state"
         state.mkdir()
         url = f"ws://127.0.0.1:{self.broker_port}/ws"
@@ -175,8 +177,6 @@ class Guide:
 @pytest.mark.parametrize("running_browser", ["chromium"], indirect=True)
 async def test_tutorial_works_as_it_is_written(browser: Browser) -> None:
     with trio.fail_after(120), TemporaryDirectory() as directory:
-        # For root, PostgreSQL runs as another user, who has to reach its directory.
-        Path(directory).chmod(0o755)
         guide = Guide(Path(directory))
         try:
             async with running_broker(guide.broker_port, guide.environment):

@@ -18,6 +18,7 @@ from catbus.cli.commands import run
 from catbus.cli.development_credentials import development_token, read_secret
 from catbus.config import AuthSettings, Config, LoggingSettings, WebSocketSettings
 from catbus.errors import ConfigError
+from catbus.processes.service_manager import ServiceManager
 from tests.cli.conftest import Start, next_event
 
 LOCAL = WebSocketSettings(bind=("127.0.0.1:0",))
@@ -76,7 +77,7 @@ async def supervise(monkeypatch: pytest.MonkeyPatch, server: FakeServer, *signal
 
     async with trio.open_nursery() as nursery:
         nursery.start_soon(send)
-        return await run.serve_until_signalled(Config(websocket=LOCAL), None)
+        return await run.serve_until_signalled(Config(websocket=LOCAL), None, lambda: None, ServiceManager({}))
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])

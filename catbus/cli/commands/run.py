@@ -27,6 +27,7 @@ from ...config import (
 from ...endpoints.open_files import raise_open_file_limit
 from ...errors import ConfigError
 from ...observability.loggers import get_logger
+from ...processes.service_manager import ALIVE, READY, STOPPING, ServiceManager
 from ..development_credentials import DEFAULT_URL, development_token, read_or_create_secret
 from ..line_writer import use_threads, write_line
 from ..log_configuration import configure_logging, set_levels
@@ -116,8 +117,9 @@ def command(
         logger.warning(text)
     raise_open_file_limit()
     reload = ConfigReloader(reading.config, lambda: load_with_sources(config, os.environ, given))
+    manager = ServiceManager(os.environ)
     if count == 1:
-        status = trio.run(serve_until_signalled, settings, token, reload)
+        status = trio.run(serve_until_signalled, settings, token, reload, manager)
     else:
         _log_start(settings, workers=count)
         status = run_workers(
@@ -127,6 +129,7 @@ def command(
             reload,
             lambda addresses: _show_address(addresses, settings, token),
             explain_error,
+            manager,
         )
         logger.info("stopped")
     if status:
@@ -208,7 +211,9 @@ def _read_files(files: Sequence[str]) -> list[bytes | None]:
     return found
 
 
-async def serve_until_signalled(config: Config, token: str | None, reload: Callable[[], None] = lambda: None) -> int:
+async def serve_until_signalled(
+    config: Config, token: str | None, reload: Callable[[], None], manager: ServiceManager
+) -> int:
     """Serve until a signal stops the broker. SIGHUP calls `reload`. Return the exit status."""
     status = 0
     broker: Broker | None = None
@@ -223,10 +228,13 @@ async def serve_until_signalled(config: Config, token: str | None, reload: Calla
                 stopping = False
                 async for number in signals:
                     if number == signal.SIGHUP and reloads:
+                        manager.tell_reloading()
                         reload()
                         if broker is not None:
                             broker.reload()
+                            manager.tell(READY)
                         continue
+                    manager.tell(STOPPING)
                     if broker is None or stopping:
                         status = 128 + number if stopping else 0
                         nursery.cancel_scope.cancel()
@@ -239,12 +247,20 @@ async def serve_until_signalled(config: Config, token: str | None, reload: Calla
                 await serve(config, task_status=task_status)
                 nursery.cancel_scope.cancel()
 
+            async def show_life(interval: float) -> None:
+                while True:
+                    manager.tell(ALIVE)
+                    await trio.sleep(interval)
+
             nursery.start_soon(handle_signals, signals)
+            if manager.watchdog_interval is not None:
+                nursery.start_soon(show_life, manager.watchdog_interval)
             _log_start(config)
             broker = await nursery.start(serve_until_stopped)
             # Before the broker reports that it serves, because this blocks the event loop for a moment.
             freeze_garbage_collector()
             _show_address(broker.addresses, config, token)
+            manager.tell(READY)
     logger.info("stopped")
     return status
 
