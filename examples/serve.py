@@ -11,7 +11,9 @@ import re
 import secrets
 import signal
 import subprocess
+import sys
 import threading
+from contextlib import suppress
 from functools import partial
 from http import HTTPStatus
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
@@ -20,6 +22,7 @@ from typing import Any
 from urllib.parse import parse_qs, urlsplit
 
 import trio
+from assistant import model_server
 from orders.running_shop import Shop
 from orders.shop import MENU
 
@@ -34,8 +37,9 @@ DEFAULTS = {
     "webhooks.allow": ["127.0.0.1/32"],
     "state": str(default_state_directory(os.environ) / "examples"),
 }
-READ = ["todo.*", "chat.*", "typing.*", "orders.*"]
-WRITE = ["todo.*", "chat.*", "typing.*"]
+READ = ["todo.*", "chat.*", "typing.*", "orders.*", "answers.{user}.*", "tokens.{user}.*"]
+WRITE = ["todo.*", "chat.*", "typing.*", "answers.{user}.*"]
+ASSISTANT = "the assistant"
 
 HERE = Path(__file__).parent
 CLIENT = HERE.parent / "clients" / "javascript"
@@ -59,6 +63,18 @@ def bundle(source: Path) -> str:
     else:
         return done.stdout
     return f"document.body.textContent = {json.dumps(problem)};"
+
+
+async def run_assistant(url: str, model: str) -> None:
+    """Run the worker of the assistant. When it has ended, start another one."""
+    token = secrets.token_urlsafe(32)
+    users[token] = ASSISTANT
+    command = [sys.executable, str(HERE / "assistant" / "worker.py")]
+    environment = {**os.environ, "CATBUS_URL": url, "CATBUS_TOKEN": token, "MODEL_URL": model}
+    while True:
+        # Ctrl-C is for this process alone.
+        await trio.run_process(command, env=environment, check=False, process_group=0)
+        await trio.sleep(0.1)  # One that cannot start must not keep the machine busy.
 
 
 class PageHandler(SimpleHTTPRequestHandler):
@@ -107,6 +123,13 @@ class PageHandler(SimpleHTTPRequestHandler):
                 self.send_text("")
             case "/orders/kill", _ if self.shop and user:
                 self.send_text(self.shop.kill_worker())
+            case "/v1/chat/completions", request:
+                self.send_response(HTTPStatus.OK)
+                self.send_header("Content-Type", "text/event-stream")
+                self.end_headers()
+                with suppress(ConnectionError):  # The client has ended the request.
+                    for chunk in model_server.chunks(json.loads(request)):
+                        self.wfile.write(chunk)
             case _:
                 self.send_error(HTTPStatus.FORBIDDEN)
 
@@ -122,11 +145,18 @@ class PageHandler(SimpleHTTPRequestHandler):
 
 async def authenticate(token: str, client: ClientInfo) -> AuthenticatedClient | None:
     user = users.get(token)
-    return None if user is None else AuthenticatedClient(user, read=READ, write=WRITE)
+    if user is None:
+        return None
+    if user == ASSISTANT:
+        return AuthenticatedClient(user, read=["answers.*", "tokens.*"], write=["answers.*", "tokens.*"])
+    read, write = ([pattern.format(user=user) for pattern in patterns] for patterns in (READ, WRITE))
+    return AuthenticatedClient(user, read=read, write=write)
 
 
 async def on_publish(client: ClientInfo, channel: str, payload: Any) -> None:
     """Refuse what the pages do not send, so that they need not check what they receive."""
+    if client.client_id == ASSISTANT:
+        return
     match channel.partition(".")[0], payload:
         case "todo", None:
             return
@@ -135,6 +165,8 @@ async def on_publish(client: ClientInfo, channel: str, payload: Any) -> None:
         case "chat", {"text": str()}:
             return
         case "typing", True:
+            return
+        case "answers", {"question": str(), "text": str(), "state": "asked" | "cancelling"}:
             return
     raise Refused(ErrorCode.BAD_MESSAGE, "not a message of this application")
 
@@ -173,6 +205,8 @@ async def main() -> None:
                 async with trio.open_nursery() as children:
                     if shop:
                         await children.start(shop.run, f"http://127.0.0.1:{pages.server_port}/orders/mail")
+                    model = f"http://127.0.0.1:{pages.server_port}/v1/chat/completions"
+                    children.start_soon(run_assistant, broker.urls[0], model)
                     print("broker:", broker.urls[0], flush=True)
                     print(f"examples: http://{host}:{pages.server_port}/", flush=True)
                     await anext(signals)

@@ -288,3 +288,90 @@ async def test_each_order_is_charged_once_although_the_worker_is_killed_and_a_we
         # The process that was killed has charged only the first one.
         first, *others = [worker for _, _, worker in rows]
         assert first not in others
+
+
+ASSISTANT = """
+    window.ask = (user, question) => {
+        const form = find(user, '#ask');
+        form.elements.question.value = question;
+        form.requestSubmit();
+    };
+    window.row = (user) => findAll(user, '#answers li:last-child')[0];
+    window.stateOf = (user) => row(user)?.dataset.state;
+    window.last = (user) => row(user)?.querySelector('.text').textContent ?? '';
+    window.openDevice = async (name, user) => {
+        frames_[name] = document.body.appendChild(document.createElement('iframe'));
+        frames_[name].src = `assistant/?user=${user}`;
+        await until(() => find(name, 'form:not([hidden])'));
+    };
+    window.generated = async (question) => {
+        const body = JSON.stringify({ messages: [{ content: question }] });
+        const text = await (await fetch('/v1/chat/completions', { method: 'POST', body })).text();
+        const chunks = text.split('\\n\\n').filter((each) => each.startsWith('data: {'));
+        return chunks.map((each) => JSON.parse(each.slice(6)).choices[0].delta.content ?? '').join('');
+    };
+"""
+WATCH_AN_ANSWER = """
+    // Reloaded, and on a second device: no piece is missing or comes twice while it is written.
+    window.whole = await generated('why?');
+    window.shown = (name) => {
+        const text = last(name);
+        if (!whole.startsWith(text)) throw new Error(`${name}: ${text}`);
+        return stateOf(name) === 'writing' ? text.length : 0;
+    };
+    ask('ann', 'why?');
+    await until(() => shown('ann') > 20);
+    frames_.ann.contentWindow.location.reload();
+    await until(() => shown('ann') > 40);
+    await openDevice('phone', 'ann');
+    await until(() => shown('phone') > 60);
+"""
+ANSWER_IS_WHOLE = """
+    await until(() => shown('ann') > 200 && shown('phone') > 200);
+    for (const name of ['ann', 'phone']) await until(() => stateOf(name) === 'done' && last(name) === whole);
+    return last('bob');
+"""
+CANCEL = """
+    ask('phone', 'and then?');
+    await until(() => last('ann').length > 20 && last('ann').startsWith('You asked: and then?'));
+    row('ann').querySelector('.cancel').click();
+    for (const name of ['ann', 'phone']) await until(() => stateOf(name) === 'cancelled');
+    const [text, whole] = [last('ann'), await generated('and then?')];
+    return text.length > 20 && text === last('phone') && text !== whole && whole.startsWith(text);
+"""
+BEGIN_ANOTHER = "ask('ann', 'who?'); await until(() => last('ann').startsWith('You asked: who?'));"
+IS_INTERRUPTED = """
+    for (const name of ['ann', 'phone']) await until(() => stateOf(name) === 'interrupted');
+    const whole = await generated('who?');
+    if (!last('ann') || last('ann') !== last('phone') || !whole.startsWith(last('ann'))) throw new Error(last('ann'));
+    // The next worker answers.
+    ask('ann', 'again?');
+    await until(() => stateOf('phone') === 'done');
+    return last('phone') === await generated('again?');
+"""
+
+
+async def test_answers_of_the_assistant_survive_reloads_lost_connections_and_their_worker(
+    browser: Browser, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TOKEN_SECONDS", "0.02")
+    async with opened(browser, ann="assistant/", bob="assistant/") as relay:
+        await browser.run(ASSISTANT)
+        await browser.run(WATCH_AN_ANSWER)
+        relay.cut()
+        assert await browser.run(ANSWER_IS_WHOLE) == "", "bob sees the questions of ann"
+        assert await browser.run(CANCEL)
+        await browser.run(BEGIN_ANOTHER)
+        os.kill(find_worker(), signal.SIGKILL)
+        assert await browser.run(IS_INTERRUPTED)
+
+
+def find_worker() -> int:
+    """The process of the assistant's worker."""
+    program = str(SERVER.parent / "assistant" / "worker.py")
+    [found] = [
+        int(directory.name)
+        for directory in Path("/proc").iterdir()
+        if directory.name.isdecimal() and program in (directory / "cmdline").read_text().split("\0")
+    ]
+    return found
