@@ -20,7 +20,7 @@ function show(channel, message) {
   if (state === 'writing' && !row.stream) {
     // The pieces come after this message in the one order of the log, whenever this page was opened.
     const append = ({ payload }) => $('.text', row.element).append(payload);
-    row.stream = bus.subscribe(channel.replace('answers.', 'tokens.'), append, { since: message.cursor });
+    row.stream = bus.subscribe(channel.replace('answers.', 'tokens.'), append, { since: message.seq });
   } else if (text) {
     row.stream?.close();
     $('.text', row.element).textContent = text;
