@@ -123,15 +123,22 @@ class PageHandler(SimpleHTTPRequestHandler):
                 self.send_text("")
             case "/orders/kill", _ if self.shop and user:
                 self.send_text(self.shop.kill_worker())
-            case "/v1/chat/completions", request:
-                self.send_response(HTTPStatus.OK)
-                self.send_header("Content-Type", "text/event-stream")
-                self.end_headers()
-                with suppress(ConnectionError):  # The client has ended the request.
-                    for chunk in model_server.chunks(json.loads(request)):
-                        self.wfile.write(chunk)
+            case "/v1/chat/completions", text:
+                self.complete_chat(json.loads(text))
             case _:
                 self.send_error(HTTPStatus.FORBIDDEN)
+
+    def complete_chat(self, request: Any) -> None:
+        """Answer a request to the language model."""
+        if not request.get("stream"):
+            self.send_text(model_server.whole_answer(request), "application/json")
+            return
+        self.send_response(HTTPStatus.OK)
+        self.send_header("Content-Type", "text/event-stream")
+        self.end_headers()
+        with suppress(ConnectionError):  # Its client has ended the request.
+            for chunk in model_server.chunks(request):
+                self.wfile.write(chunk)
 
     def send_text(self, text: str, kind: str = "text/plain", status: HTTPStatus = HTTPStatus.OK) -> None:
         self.send_response(status)

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import time
 from collections.abc import Iterator
 from typing import Any
@@ -18,15 +19,22 @@ LENGTH = 2
 """How often it says so."""
 
 
+def whole_answer(request: Any) -> str:
+    """Return the answer to the last message of a request, without streaming."""
+    return json.dumps({"choices": [{"index": 0, "message": {"role": "assistant", "content": _text(request)}}]})
+
+
 def chunks(request: Any) -> Iterator[bytes]:
-    """Yield the server-sent events of an answer to the last message of a request. Blocks between them."""
-    question = request["messages"][-1]["content"]
-    text = TEXT.format(question=question) * LENGTH
-    for word in text.split(" "):
-        yield _event({"choices": [{"index": 0, "delta": {"content": f"{word} "}, "finish_reason": None}]})
+    """Yield the server-sent events of the same answer. Blocks between them."""
+    for word in re.findall(r"\S+ ?", _text(request)):
+        yield _event({"choices": [{"index": 0, "delta": {"content": word}, "finish_reason": None}]})
         time.sleep(PACE)
     yield _event({"choices": [{"index": 0, "delta": {}, "finish_reason": "stop"}]})
     yield b"data: [DONE]\n\n"
+
+
+def _text(request: Any) -> str:
+    return TEXT.format(question=request["messages"][-1]["content"]) * LENGTH
 
 
 def _event(value: Any) -> bytes:
