@@ -6,7 +6,7 @@ pip := $(bin)/python -m pip --disable-pip-version-check --no-input -qq
 
 # Run one target at a time, also with -j: they share one virtual environment and one machine.
 .NOTPARALLEL:
-.PHONY: help run examples test mistakes quick lint types format bench chaos fuzz fuzz-bytes hostile conformance coverage check-api check-npm docs clean
+.PHONY: help run examples test mistakes quick lint types format bench chaos fuzz fuzz-bytes hostile conformance coverage check-api check-npm packages publish-npm docs clean
 
 help:
 	@echo 'make run          start a broker on this machine, with its own PostgreSQL'
@@ -26,6 +26,7 @@ help:
 	@echo 'make coverage     run all tests, and show the lines and branches of catbus/ that no test reaches'
 	@echo 'make check-api    check a broker against its OpenAPI document (API_EXAMPLES=1000 for each operation)'
 	@echo 'make check-npm    build a fresh Vite application with the npm package, and use it in browsers (needs the network)'
+	@echo 'make packages     build the wheel, the source distribution and the npm package into dist'
 	@echo 'make docs         write the documentation site to build/site'
 	@echo 'make clean        remove everything that make has made'
 
@@ -123,6 +124,22 @@ check-api: $(venv)/installed-test $(venv)/installed-schemathesis
 
 check-npm: $(venv)/installed-test $(venv)/javascript
 	$(bin)/python -m tests.javascript.application
+
+# The version that is released. The two packages have to have it.
+VERSION := $(shell sed -n 's/^version = //p' setup.cfg)
+
+packages: $(venv)/installed-test $(venv)/javascript
+	@grep -qx 'version = $(VERSION)' setup.cfg || { echo 'setup.cfg does not have the version $(VERSION)' >&2; exit 1; }
+	@grep -q '^  "version": "$(VERSION)"' clients/javascript/package.json || \
+		{ echo 'clients/javascript/package.json does not have the version $(VERSION)' >&2; exit 1; }
+	@grep -q '^## \[$(VERSION)\]' CHANGELOG.md || echo 'CHANGELOG.md has no section for $(VERSION) yet' >&2
+	rm -rf dist && mkdir -p dist/npm
+	$(bin)/python -m build --outdir dist/python
+	npm pack --silent --pack-destination dist/npm ./clients/javascript
+
+# For .github/workflows/release.yml, which npm trusts.
+publish-npm:
+	npm publish --access public dist/npm/*.tgz
 
 clean:
 	rm -rf $(venv) .coverage clients/javascript/node_modules clients/javascript/types build dist *.egg-info .hypothesis .mypy_cache .pytest_cache .ruff_cache
