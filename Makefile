@@ -6,13 +6,14 @@ pip := $(bin)/python -m pip --disable-pip-version-check --no-input -qq
 
 # Run one target at a time, also with -j: they share one virtual environment and one machine.
 .NOTPARALLEL:
-.PHONY: help run examples test mistakes quick lint types format bench chaos fuzz fuzz-bytes hostile conformance coverage check-api check-npm packages publish-npm docs clean
+.PHONY: help run examples test mistakes properties quick lint types format bench chaos fuzz fuzz-bytes hostile conformance coverage check-api check-npm packages publish-npm docs clean
 
 help:
 	@echo 'make run          start a broker on this machine, with its own PostgreSQL'
 	@echo 'make examples     serve the examples, with a broker of their own'
 	@echo 'make test         check style and types, then run all tests, with one in five of the planted mistakes'
 	@echo 'make mistakes     check that the tests find the other planted mistakes'
+	@echo 'make properties   run the property-based tests with ten times as many random examples'
 	@echo 'make quick        check style and types, then run the unit tests'
 	@echo 'make lint         check style'
 	@echo 'make types        check types'
@@ -44,6 +45,10 @@ test: lint types $(venv)/programs $(venv)/javascript $(venv)/installed-foreign $
 
 mistakes: $(venv)/installed-test
 	$(bin)/python -m pytest --numprocesses 2 --dist load -m mistake
+
+# What fails prints how to reproduce it.
+properties: $(venv)/installed-test $(venv)/programs
+	$(bin)/python -m pytest --numprocesses 2 --dist loadfile -m 'hypothesis and not mistake' --hypothesis-profile long
 
 # Without processes, sockets, PostgreSQL, browsers and slow tests, and with fewer random examples: tests/conftest.py says which.
 quick: lint types

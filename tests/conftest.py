@@ -75,8 +75,10 @@ TOGETHER = frozenset({"browser", "k8s"})
 # number of examples take a multiple of that of the profile.
 settings.register_profile("catbus", deadline=None, print_blob=True)
 settings.register_profile("quick", deadline=None, print_blob=True, max_examples=20)
-# Where a change is checked before it lands, each run has the same examples: a failure is due to the change.
-settings.register_profile("ci", settings.get_profile("catbus"), derandomize=True, database=None)
+# Where a change is checked before it lands, each run has the same examples, so a failure is due to the change. They are
+# fewer, because a workflow looks for others every night.
+settings.register_profile("ci", deadline=None, print_blob=True, derandomize=True, database=None, max_examples=50)
+settings.register_profile("long", deadline=None, print_blob=True, max_examples=1000)
 settings.load_profile("ci" if "CI" in os.environ else "catbus")
 
 
