@@ -46,7 +46,8 @@ OWNER = Identity(client_id=None, grants=Grants.ADMIN, expires=None, admin=True)
 """The identity that publishes and subscribes in this process."""
 
 FLUSH_TIMEOUT = 2.0
-"""Seconds for publishing the closes of the last sessions, and for ending their memberships, while the replica stops."""
+"""Seconds for publishing the closes of the last sessions, for ending their memberships, and for giving back the leases
+of webhooks, while the replica stops."""
 
 HANDOVER_TIME = 1.0
 """Seconds in which a connection that a stopping worker has accepted sends its first request. Later connections are
@@ -283,6 +284,7 @@ async def serve(
             with trio.move_on_after(FLUSH_TIMEOUT):
                 await replica.session_events.flush()
                 await replica.presence.flush()
+                await replica.log.finish()
             # The contexts of sessions are left when their connections are closed, while the broker still runs.
         nursery.cancel_scope.cancel()
 

@@ -171,6 +171,9 @@ class MemoryLog:
         retained = self._retained
         return {"size": self._recent.size, "retained": {"messages": len(retained), "bytes": retained.size}}
 
+    async def finish(self) -> None:
+        await trio.lowlevel.checkpoint()
+
     async def wait_open(self) -> None:
         await self._open.wait()
 

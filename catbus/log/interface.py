@@ -290,6 +290,9 @@ class Log(Protocol):
     def report(self) -> dict[str, object]:
         """A report about the log for operators, for JSON."""
 
+    async def finish(self) -> None:
+        """Give back what this replica holds and others would have to wait for, before it stops. May be cancelled."""
+
     async def wait_open(self) -> None:
         """Wait until the log has been opened for the first time."""
 

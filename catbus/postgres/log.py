@@ -306,6 +306,9 @@ class PostgresLog:
             listener.poll_soon()
         return listener.epochs.resume(since, epoch)
 
+    async def finish(self) -> None:
+        await self._webhooks.finish()
+
     async def wait_open(self) -> None:
         await self._tail.wait_epoch()
 

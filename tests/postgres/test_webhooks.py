@@ -291,6 +291,34 @@ async def test_one_replica_at_a_time_delivers_a_partition_in_order(database_url:
             assert seqs == sorted({*seqs})
 
 
+async def test_batch_of_a_replica_that_stops_comes_again_at_once_from_another_one(database_url: str) -> None:
+    """Its lease would end after a minute."""
+    held = trio.Event()
+
+    async def decide(_: Delivery) -> Reply:
+        if len(receiver.deliveries) == 2:
+            held.set()
+            await trio.sleep_forever()
+        return Reply()
+
+    settings = {"CATBUS_WEBHOOKS_ALLOW": "127.0.0.0/8", "CATBUS_WEBHOOKS_BATCH": "10", "CATBUS_WEBHOOKS_TIMEOUT": "1m"}
+    async with open_receiver(decide) as receiver, open_sql(database_url) as sql:
+        await create(sql, receiver.url)
+        await publish(sql, *["a.x"] * 35)
+        async with open_replicas(database_url, 1, **settings) as (first,):
+            with trio.fail_after(TEST_TIMEOUT):
+                await held.wait()
+            first.terminate()
+            assert await first.wait() == 0
+            async with open_replicas(database_url, 1, **settings):
+                await receiver.wait_until(lambda self: len(self.seqs) == 35)
+        assert receiver.seqs == [*range(1, 36)]
+        cut_off, again = receiver.deliveries[1:3]
+        assert (cut_off.id, cut_off.body) == (again.id, again.body)
+        [(failures,)] = await sql.fetch("SELECT sum(failures) FROM catbus.webhook_batches")
+        assert not failures
+
+
 async def test_batch_of_a_killed_replica_comes_again_from_another_one(database_url: str) -> None:
     """Nothing is lost, the order stays, and what comes twice has the same id and the same body."""
     held = trio.Event()

@@ -43,6 +43,8 @@ SETTLE_MARGIN = 3.0
 """Seconds of those that remain for ending the lease. A request ends before."""
 SETTLE_PAUSE = 0.5
 """Seconds between two tries to end a lease while the database is unreachable."""
+FINISHING_TIME = 0.5
+"""Seconds in which requests may still end by themselves while the replica stops."""
 LOGGED_DELIVERIES = 5
 """How many failures of a kind are logged per minute."""
 DURATION_BOUNDS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0)
@@ -92,6 +94,10 @@ class WebhookDelivery:
         self._changed = trio.Event()
         self._stale = False
         """Whether there may be something to do that the last poll has not shown."""
+        self._requests: set[trio.CancelScope] = set()
+        self._finishing = False
+        self._idle = trio.Event()
+        """While it finishes: whether no delivery runs any more."""
         self._attempts: Counter[str] = Counter({outcome.value: 0 for outcome in Outcome})
         self._messages = self._rejected = self._paused = self._lost_leases = 0
         self._durations = Histogram(DURATION_BOUNDS)
@@ -110,6 +116,20 @@ class WebhookDelivery:
             waiting=self._schedule.waiting(trio.current_time()),
             open_circuits=self._schedule.open_circuits,
         )
+
+    async def finish(self) -> None:
+        """Begin no further delivery, and end those that run, so that another replica may deliver these batches at once.
+
+        A batch whose request is cut off comes again with the same id. May be cancelled: then leases end by themselves.
+        """
+        self._finishing = True
+        if not self._schedule.running:
+            return
+        with trio.move_on_after(FINISHING_TIME):
+            await self._idle.wait()
+        for scope in self._requests:
+            scope.cancel()
+        await self._idle.wait()
 
     async def close(self) -> None:
         """Close the connections to receivers."""
@@ -130,7 +150,7 @@ class WebhookDelivery:
             earliest = now + max(BUSY_POLL_INTERVAL, min((POLL_TIME_SHARE - 1) * (now - began), LONGEST_PAUSE))
             while not self._is_poll_due(now, earliest, applied, active=partitions > 0):
                 self._changed = trio.Event()
-                for partition in self._schedule.begin(now):
+                for partition in () if self._finishing else self._schedule.begin(now):
                     deliveries.start_soon(self._serve, partition)
                 latest = now + (BUSY_POLL_INTERVAL if partitions else POLL_INTERVAL)
                 with trio.move_on_at(min(latest, self._schedule.next_time(now))):
@@ -154,6 +174,8 @@ class WebhookDelivery:
         finally:
             self._schedule.finish(partition)
             self._changed.set()
+            if self._finishing and not self._schedule.running:
+                self._idle.set()
 
     async def _deliver(self, partition: Partition) -> None:
         settings = self._settings
@@ -168,11 +190,16 @@ class WebhookDelivery:
         verdict = Verdict(Action.RELEASE)
         fraction = random.random()  # noqa: S311
         # With less time than the setting, because the database was slow, a good receiver might fail.
-        if trio.current_time() + settings.timeout <= end - SETTLE_MARGIN:
-            result = await self._attempt(batch)
-            verdict = judge(
-                result, size=batch.size, failures=batch.failures, attempts=settings.attempts, fraction=fraction
-            )
+        if trio.current_time() + settings.timeout <= end - SETTLE_MARGIN and not self._finishing:
+            with trio.CancelScope() as scope:
+                self._requests.add(scope)
+                try:
+                    result = await self._attempt(batch)
+                finally:
+                    self._requests.remove(scope)
+                verdict = judge(
+                    result, size=batch.size, failures=batch.failures, attempts=settings.attempts, fraction=fraction
+                )
         if await self._settle(batch, verdict, result.text, end):
             self._note(batch, verdict, result, fraction)
         else:
