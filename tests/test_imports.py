@@ -38,7 +38,7 @@ LAYERS = (
     {"session.session_subscriptions"},
     {"session.driver"},
     {"session.session_report"},
-    {"session.session_events"},
+    {"session.message_fate", "session.session_events"},
     {"replica"},
     {"postgres", "endpoints", "client", "http", "in_process"},
     {"observability.metric_sources", "worker"},

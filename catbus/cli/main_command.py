@@ -19,7 +19,7 @@ from .log_redaction import redact_text
 
 COMMANDS = (
     *("run", "check", "init", "repair", "erase", "consumer", "grant", "token", "role", "revoke"),
-    *("status", "sessions", "channels", "disconnect", "pub", "sub", "get", "set", "presence", "bench", "fuzz"),
+    *("status", "sessions", "channels", "disconnect", "pub", "sub", "get", "set", "presence", "bench", "why", "fuzz"),
 )
 """The commands in the order of `--help`. Each is a module of `commands`, imported when it is used."""
 

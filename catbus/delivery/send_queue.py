@@ -40,12 +40,13 @@ class TransportWriter(Protocol):
 
 
 class DeliveryCount:
-    """The number of messages that were taken from the send queues of one session to be sent."""
+    """What the send queues of one session have done: messages that were taken from them to be sent, and ephemeral ones
+    that they had no room for."""
 
-    __slots__ = ("messages",)
+    __slots__ = ("dropped", "messages")
 
     def __init__(self) -> None:
-        self.messages = 0
+        self.messages = self.dropped = 0
 
 
 class Budget:

@@ -64,6 +64,7 @@ class Subscription:
         "snapshot",
         "snapshot_cursor",
         "snapshot_head",
+        "started_after",
         "state",
         "taken",
     )
@@ -91,6 +92,8 @@ class Subscription:
         self.state = CLOSED
         self.patterns: dict[str, int] = {}
         """Each pattern, and the seq after which its messages are wanted; 0 in an event stream, whose cursor says it."""
+        self.started_after = 0
+        """The seq after which the messages of an event stream are wanted."""
         self.merge_key: Hashable = None
         """Set if its messages are merged from several patterns. Subscriptions with the same key get the same ones."""
         self.cursor = 0
@@ -115,9 +118,14 @@ class Subscription:
 
     def add_patterns(self, patterns: Collection[str], after: int) -> None:
         """Want the messages of these patterns after a seq. An event stream gets all of its patterns in one call."""
+        self.started_after = after
         # Event streams share what is merged of a page, whatever their cursors are.
         self.patterns.update(dict.fromkeys(patterns, 0 if self.is_event_stream else after))
         self._update_merge_key()
+
+    def wanted_after(self, pattern: str) -> int:
+        """Return the seq after which messages of one of its patterns are wanted."""
+        return self.started_after if self.is_event_stream else self.patterns[pattern]
 
     def remove_pattern(self, pattern: str) -> None:
         """Want nothing more of a pattern, if it is here."""

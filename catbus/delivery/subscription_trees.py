@@ -91,4 +91,5 @@ class SubscriptionTrees:
                         served.add(subscription)
                     encoded = merged if subscription.is_event_stream else single
                     if subscription.send_datagram is None or not subscription.send_datagram(encoded.lines):
-                        subscription.send_queue.offer(encoded)
+                        queue = subscription.send_queue
+                        queue.count.dropped += not queue.offer(encoded)

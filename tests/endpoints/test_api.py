@@ -45,7 +45,7 @@ NAME = f"{socket.gethostname()}:{os.getpid()}"
 ADMIN_KEY = "the-admin-key-of-the-tests"
 
 OPERATIONS = [
-    (method, path.replace("{client_id}", "somebody").replace("{name}", "c"))
+    (method, path.format(client_id="somebody", name="c", seq=1, channel="a"))
     for path, methods in ROUTES.items()
     for method, operation in methods.items()
     if operation.access is Access.ADMINISTRATOR

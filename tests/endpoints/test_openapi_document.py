@@ -129,7 +129,10 @@ def valid(path: str, method: str, status: int, content_type: str, body: bytes) -
 async def test_broker_answers_as_described() -> None:
     async with running() as (_, address):
         for method, path in OPERATIONS:
-            target, access = TARGETS.get(path, path).format(client_id="alice", name="c"), ROUTES[path][method].access
+            target, access = (
+                TARGETS.get(path, path).format(client_id="alice", name="c", seq=1, channel="a"),
+                ROUTES[path][method].access,
+            )
             wanted = STATUSES.get(path, 200)
             for token, status in ((TOKEN, wanted), ("", wanted if access is Access.OPEN else 401)):
                 response = await request(address, target, token, method=method, body=BODIES.get(path, b""))

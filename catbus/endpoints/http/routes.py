@@ -23,6 +23,13 @@ from .api.clients import (
     revoke_client,
 )
 from .api.consumer_routes import CONSUMER_ROUTES
+from .api.deliveries import (
+    ClientChannelPath,
+    ClientMessagePath,
+    DeliveriesReport,
+    explain_channel,
+    explain_message,
+)
 from .api.presence import PresencePage, PresenceQuery, list_members
 from .api.replicas import ReplicasReport, list_replicas
 from .api.retained import RetainedMessagesPage, RetainedQuery, list_retained
@@ -274,6 +281,24 @@ ROUTES: dict[str, dict[str, Operation]] = {
         )
     },
     **CONSUMER_ROUTES,
+    "/api/clients/{client_id}/messages/{seq}": {
+        "GET": Operation(
+            explain_message,
+            "Whether a message was delivered to a client, and why not, as far as this replica knows",
+            {200: Answer("What became of it for the open sessions of the client on this replica.", DeliveriesReport)},
+            Access.ADMINISTRATOR,
+            path=ClientMessagePath,
+        )
+    },
+    "/api/clients/{client_id}/channels/{channel}": {
+        "GET": Operation(
+            explain_channel,
+            "Whether a client receives the messages of a channel, also ephemeral ones",
+            {200: Answer("What becomes of them for its open sessions on this replica.", DeliveriesReport)},
+            Access.ADMINISTRATOR,
+            path=ClientChannelPath,
+        )
+    },
     "/api/clients/{client_id}/disconnect": {
         "POST": Operation(
             disconnect_client,
