@@ -251,6 +251,25 @@ async def test_event_stream_is_listed(server: Server) -> None:
     assert (session["delivered"], session["lag"]) == (1, 0)
 
 
+async def test_event_stream_has_one_start_for_all_its_patterns(server: Server) -> None:
+    """What was published before it began was not delivered to it, unless it has resumed before that."""
+
+    async def fate(seq: int, client_id: str) -> str:
+        [session] = (await server.get(f"/api/clients/{client_id}/messages/{seq}"))["sessions"]
+        return str(session["fate"])
+
+    async with catbus.connect(server.websocket, token=token("bob")) as bus:
+        await bus.publish("a.b", 1)
+        await bus.publish("a.b", 2)
+        resumed = events(server.address, "pattern=a.*&pattern=b&since=1", token=token("carol"))
+        async with events(server.address, "pattern=a.*&pattern=b", token=token("alice")) as stream, resumed as other:
+            await bus.publish("b", 3)
+            await stream.seqs(1)
+            await other.seqs(1)
+            assert [await fate(seq, "alice") for seq in (1, 2, 3)] == ["earlier", "earlier", "sent"]
+            assert [await fate(seq, "carol") for seq in (1, 2)] == ["earlier", "sent"]
+
+
 @pytest.mark.parametrize(
     "query",
     ["limit=0", "limit=1001", "limit=x", "limit=", "limit=1&limit=2", "after=-1", "after=1e99", "client_id=",
