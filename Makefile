@@ -215,12 +215,13 @@ $(venv)/installed-autobahn: $(venv)/installed-conformance tests/conformance/auto
 			install --no-warn-script-location --requirement tests/conformance/autobahn.txt && touch $@; \
 	fi
 
-# The distribution's Chromium, Firefox, PgBouncer, HAProxy and nginx. If one cannot be installed, the tests that use it say so.
+# The distribution's Chromium, Firefox, PgBouncer, HAProxy, nginx and psql (which a common package may have as a mere wrapper). If one cannot be installed, the tests that use it say so.
 $(venv)/programs: $(venv)/made Makefile
 	@missing=; \
 	for program in chromium firefox-esr haproxy nginx pgbouncer; do \
 		PATH=$$PATH:/usr/sbin command -v $$program >/dev/null || missing="$$missing $$program"; \
 	done; \
+	psql --version >/dev/null 2>&1 || missing="$$missing postgresql-client"; \
 	if [ -n "$$missing" ] && [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null; then \
 		echo "Installing for the tests (once):$$missing ..."; \
 		wanted=$$missing; missing=; apt-get update -qq; \
