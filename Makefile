@@ -215,7 +215,8 @@ $(venv)/installed-autobahn: $(venv)/installed-conformance tests/conformance/auto
 			install --no-warn-script-location --requirement tests/conformance/autobahn.txt && touch $@; \
 	fi
 
-# The distribution's Chromium, Firefox, PgBouncer, HAProxy, nginx and psql (which a common package may have as a mere wrapper). If one cannot be installed, the tests that use it say so.
+# The distribution's Chromium, Firefox, PgBouncer, HAProxy, nginx and psql. PgBouncer's package brings a `psql` that needs another one
+# to work. If one cannot be installed, the tests that use it say so.
 $(venv)/programs: $(venv)/made Makefile
 	@missing=; \
 	for program in chromium firefox-esr haproxy nginx pgbouncer; do \
