@@ -13,7 +13,7 @@ Report = Mapping[str, Any]
 
 _RANK = ("sent", "queued", "lagging", "earlier", "not subscribed", "not permitted")
 _GONE = {
-    "erased": "was erased: it is delivered to nobody any more. Who received it before has it",
+    "erased": "was erased: it is delivered to nobody any more. A client that has received it keeps it",
     "removed by retention": "was removed by retention. A subscription that lagged behind it got a `gap`",
     "deleted": "was deleted from the log by hand. `catbus repair` makes subscriptions continue after it",
 }
