@@ -80,8 +80,9 @@ async def test_components_share_a_subscription_and_follow_their_props_and_their_
             await browser.run("show(args[0])", {**shown, "user": "bob", "token": token("bob")})
             await shows(browser, one=[6, 7, 8], two=[6, 7, 8])
             assert await browser.run("return counted") == [6, 7]
+            # StrictMode mounts twice, and the connection that the first mount began may not have ended yet.
             identities = [client.session.identity for client in broker.replica.sessions]
-            assert [identity and identity.client_id for identity in identities] == ["bob"]
+            assert [identity.client_id for identity in identities if identity] == ["bob"]
 
 
 async def test_hooks_show_retained_messages_and_members(browser: Browser, application: str) -> None:
