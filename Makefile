@@ -6,7 +6,7 @@ pip := $(bin)/python -m pip --disable-pip-version-check --no-input -qq
 
 # Run one target at a time, also with -j: they share one virtual environment and one machine.
 .NOTPARALLEL:
-.PHONY: help run examples test failed mistakes properties quick lint types format bench chaos fuzz fuzz-bytes hostile conformance coverage check-api check-npm packages publish-npm docs clean
+.PHONY: help run examples test mistakes properties quick lint types format bench chaos fuzz fuzz-bytes hostile conformance coverage check-api check-npm packages publish-npm docs clean
 
 help:
 	@echo 'make run          start a broker on this machine, with its own PostgreSQL'
@@ -42,11 +42,6 @@ examples: $(venv)/installed-run $(venv)/javascript
 # end at the same time. `mistakes` runs the rest of the tests that tests/conftest.py marks.
 test: lint types $(venv)/programs $(venv)/javascript $(venv)/installed-foreign $(venv)/installed-schemathesis
 	$(bin)/python -m pytest --numprocesses 3 --dist loadfile --no-loadscope-reorder -m 'not mistake'
-
-# For CI, after a `test` that has failed: run what has failed once more, alone, unless that is more than three tests.
-failed: $(venv)/installed-test
-	@$(bin)/python -c 'import json; found = json.load(open(".pytest_cache/v/cache/lastfailed")); print(*found, sep="\n"); exit(len(found) > 3)'
-	$(bin)/python -m pytest -p no:xdist --last-failed --last-failed-no-failures none
 
 mistakes: $(venv)/installed-test
 	$(bin)/python -m pytest --numprocesses 2 --dist load -m mistake
