@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import re
 import shutil
+import subprocess
 import sys
 from pathlib import Path
 
@@ -48,6 +49,22 @@ def main() -> None:
         shutil.copyfile(asset, directory / asset.name)
     settings = (ROOT / "catbus.toml").read_text(encoding="utf-8")
     (directory / SETTINGS).write_text(f"# Settings\n\n```toml\n{settings}```\n", encoding="utf-8")
+
+
+def build_site(directory: Path) -> Path:
+    """Build the site below a directory, as `make docs` does, and return its directory.
+
+    The generator checks each link and each anchor: a warning of it fails the build.
+    """
+    configuration = directory / "zensical.toml"
+    shutil.copyfile(ROOT / configuration.name, configuration)
+    for command in (
+        ["-m", "tests.documentation_site", str(directory / "build" / "docs")],
+        ["-m", "zensical", "build", "--strict", "--config-file", str(configuration)],
+    ):
+        done = subprocess.run([sys.executable, *command], cwd=ROOT, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stdout + done.stderr
+    return directory / "build" / "site"
 
 
 def page_names() -> dict[str, str]:

@@ -5,7 +5,6 @@ python -m tests.browser.test_documentation_site     every page
 
 from __future__ import annotations
 
-import subprocess
 import sys
 from collections.abc import AsyncGenerator, Iterator, Sequence
 from contextlib import aclosing, contextmanager
@@ -21,7 +20,7 @@ import trio
 
 from tests.browser.driver import Browser, open_browser
 from tests.browser.test_console import AXE
-from tests.documentation_site import ROOT
+from tests.documentation_site import build_site
 
 SAMPLE = ("index.html", "console.html", "guarantees.html", "operations.html", "webhooks.html")
 """Pages that have, together, all kinds of content: images, wide tables, code, diagrams, and what is folded away."""
@@ -40,14 +39,7 @@ class Handler(SimpleHTTPRequestHandler):
 def served_site() -> Iterator[tuple[str, list[str]]]:
     """Build the site and serve it. Yields its URL and the names of its pages."""
     with TemporaryDirectory() as directory:
-        configuration = Path(directory, "zensical.toml")
-        configuration.write_bytes((ROOT / "zensical.toml").read_bytes())
-        site = Path(directory, "build", "site")
-        for command in (
-            ["-m", "tests.documentation_site", str(site.with_name("docs"))],
-            ["-m", "zensical", "build", "--config-file", str(configuration)],
-        ):
-            subprocess.run([sys.executable, *command], cwd=ROOT, check=True, capture_output=True)
+        site = build_site(Path(directory))
         with ThreadingHTTPServer(("127.0.0.1", 0), partial(Handler, directory=str(site))) as server:
             Thread(target=server.serve_forever, daemon=True).start()
             yield f"http://127.0.0.1:{server.server_port}", sorted(path.name for path in site.glob("*.html"))
