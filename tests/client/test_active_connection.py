@@ -221,8 +221,8 @@ async def test_missing_reply_to_a_ping_ends_the_connection() -> None:
         while True:
             kinds.append((await peer.receive())["type"])
 
-    async with talk_in_memory(script, keepalive=0.001, timeout=0.05) as (bus, pipe):
-        with pytest.raises(Disconnected, match=r"no reply from the broker within 0\.05 s"):
+    async with talk_in_memory(script, keepalive=0.001, timeout=1) as (bus, pipe):
+        with pytest.raises(Disconnected, match=r"no reply from the broker within 1 s"):
             await bus.publish("a", 1)
         await settle()
         assert pipe.closed == (CloseCode.UNRESPONSIVE, "no reply to a ping")
@@ -244,7 +244,7 @@ async def test_any_received_bytes_count_as_reply_to_a_ping() -> None:
             request = await peer.receive()
             await peer.send({"type": "pong", "seq": request["seq"]})
 
-    async with talk_in_memory(script, keepalive=0.001, timeout=0.1) as (bus, _):
+    async with talk_in_memory(script, keepalive=0.001, timeout=0.5) as (bus, _):
         await answered.wait()
         await bus.ping()
 
